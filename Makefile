@@ -1,0 +1,30 @@
+# `make study` and `make test` do all that they need, from a fresh clone on.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: study smoke test bench clean
+
+study: .venv/installed ## the study: corpus, training, report (10 minutes on two cores)
+	$(BIN)/cmdlab study
+
+smoke: .venv/installed ## the same with everything shrunk (2 minutes)
+	$(BIN)/cmdlab study --smoke
+
+test: .venv/installed ## format, lint, types and all tests (10 minutes on two cores)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 --dist loadgroup
+
+bench: .venv/installed ## the kernels against their peers, on the GPU where there is one
+	$(BIN)/cmdlab bench
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("cmdlab needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean: ## removes what `make study` made; the environment stays
+	rm -rf study

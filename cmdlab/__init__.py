@@ -1,0 +1,1 @@
+"""Cross-Modal Denoising for speech–image retrieval: the library under the notebooks."""
