@@ -1,0 +1,272 @@
+"""Cross-attention from corrupted places to the other modality, and the restoration loss on them.
+
+Only corrupted places are computed. They come flat, P of them over the whole batch.
+"""
+
+import os
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Implementation = Literal["auto", "reference", "padded", "triton"]
+Loss = Literal["normalised_mse", "cosine"]
+EPSILON = 1e-6
+# What the Triton kernels hold without spilling: a whole row of D, and a head of each dtype.
+TRITON_WIDEST_ROW = 8192
+TRITON_WIDEST_HEAD = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
+
+
+class Projections(NamedTuple):
+    """The bias-free weights of one multi-head cross-attention, laid out as in `nn.Linear`.
+
+    W is the width of all heads together.
+    """
+
+    query: Tensor  # [W, D]
+    key_value: Tensor  # [2W, E], keys first
+    output: Tensor  # [D, W]
+
+
+def denoising_attention(
+    source: Tensor,
+    source_index: Tensor,
+    position: Tensor,
+    place: Tensor,
+    item: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    projections: Projections,
+    heads: int,
+    target: Tensor,
+    target_index: Tensor,
+    *,
+    loss: Loss = "normalised_mse",
+    impl: Implementation = "auto",
+) -> Tensor:
+    """Restore P corrupted places from the other modality; return the mean loss, a 0-d tensor.
+
+    The query at corrupted place p is `source[source_index[p]] + position[place[p]]`. Every
+    corruption is a table and an index: for a swap or a shuffle the table is the batch's tokens
+    [B · T, D] and the index names the donor; for noise the table is [P, D] and the index counts
+    up; for a mask token the table has one row. The query passes through `cross_attention`, and
+    what comes out is compared with `target[target_index[p]]`, which takes no gradient (see
+    `restoration_loss`).
+
+    Args:
+        source: [S, D] float.
+        source_index: [P] int64.
+        position: [T, D] positional embedding.
+        place: [P] int64, the corrupted place within its item.
+        item: [P] int64, the item of each corrupted place, never decreasing.
+        tokens: [B, K, E] clean tokens of the other modality, padded.
+        lengths: [B] int64 valid tokens of each item, 0 ≤ length ≤ K.
+        projections: weights of the attention.
+        heads: number of heads; divides W.
+        target: [R, D]; the clean tokens [B · T, D], or one pooled feature an item [B, D].
+        target_index: [P] int64.
+        loss: "normalised_mse" or "cosine".
+        impl: as in `cross_attention`.
+
+    With P = 0 the loss is 0.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or an `impl` that cannot run.
+    """
+    if source.ndim != 2 or position.ndim != 2 or source.shape[1] != position.shape[1]:
+        raise ValueError(
+            f"source [S, D] and position [T, D] expected, got {list(source.shape)} and "
+            f"{list(position.shape)}"
+        )
+    check_index("source_index", source_index, item.shape[0], source)
+    check_index("place", place, item.shape[0], position)
+    if use_triton(impl, source, source.shape[1] <= TRITON_WIDEST_ROW):
+        from cmdlab_kernels.denoising_attention_triton import corrupted_queries
+
+        query = corrupted_queries(source, source_index, position, place)
+    else:
+        query = source.index_select(0, source_index) + position.index_select(0, place)
+    restored = cross_attention(query, item, tokens, lengths, projections, heads, impl=impl)
+    return restoration_loss(restored, target, target_index, loss=loss, impl=impl)
+
+
+def cross_attention(
+    query: Tensor,
+    item: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    projections: Projections,
+    heads: int,
+    *,
+    impl: Implementation = "auto",
+) -> Tensor:
+    """Return query + output(softmax(q kᵀ / √d) v) [P, D], each query over its item's tokens.
+
+    Args:
+        query: [P, D] float, flat over the batch.
+        item: [P] int64, the item of each query, never decreasing.
+        tokens: [B, K, E], padded; what the padding holds never matters.
+        lengths: [B] int64 valid tokens of each item. With none, the query comes back unchanged.
+        projections: weights of the attention.
+        heads: number of heads; divides W.
+        impl: "reference" (any device, gathers the keys once for each query), "padded" (any
+            device, queries padded within their item, torch's fused attention), "triton" (CUDA;
+            float16 or bfloat16 with heads up to 128 wide, float32 up to 64), or "auto": "triton"
+            where it runs, else "padded".
+
+    On the CPU an index out of range or order raises. On CUDA, where looking would wait for the
+    device, it makes NaN for its place.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or an `impl` that cannot run.
+    """
+    check_attention(query, item, tokens, lengths, projections, heads)
+    valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, K]
+    tokens = tokens.where(valid[..., None], 0)
+    q = F.linear(query, projections.query)  # [P, W]
+    key_value = F.linear(tokens, projections.key_value)  # [B, K, 2W]
+    if q.dtype != key_value.dtype:
+        raise ValueError(f"query and tokens must share a dtype, not {q.dtype}, {key_value.dtype}")
+    narrow = q.shape[1] // heads <= TRITON_WIDEST_HEAD.get(q.dtype, 0)
+    if use_triton(impl, q, narrow):
+        from cmdlab_kernels.ragged_attention_triton import ragged_attention_fwd
+
+        attended = ragged_attention_fwd(q, item, key_value, lengths, heads)[0]
+    elif impl == "reference":
+        attended = reference_attention(q, item, key_value, lengths, heads)
+    else:
+        attended = padded_attention(q, item, key_value, lengths, heads)
+    return torch.addmm(query, attended, projections.output.T)
+
+
+def restoration_loss(
+    restored: Tensor,
+    target: Tensor,
+    target_index: Tensor,
+    *,
+    loss: Loss = "normalised_mse",
+    impl: Implementation = "auto",
+) -> Tensor:
+    """Return the mean over places of the distance between r = restored and its target t.
+
+    "normalised_mse" is ‖r − t‖² / max(‖t‖², ε), the squared error relative to the target's
+    energy; "cosine" is 1 − r·t / (max(‖r‖, ε) max(‖t‖, ε)). ε is 1e-6.
+
+    Args:
+        restored: [P, D] float.
+        target: [R, D]; takes no gradient.
+        target_index: [P] int64, the target's row for each place.
+        loss: which of the two.
+        impl: as in `cross_attention`.
+
+    With P = 0 the loss is 0. The loss is float64 for float64 tokens, else float32.
+    """
+    if loss not in ("normalised_mse", "cosine"):
+        raise ValueError(f"loss must be 'normalised_mse' or 'cosine', not {loss!r}")
+    if restored.ndim != 2 or target.ndim != 2 or restored.shape[1] != target.shape[1]:
+        raise ValueError(
+            f"restored [P, D] and target [R, D] expected, got {list(restored.shape)} and "
+            f"{list(target.shape)}"
+        )
+    check_index("target_index", target_index, restored.shape[0], target)
+    if use_triton(impl, restored, restored.shape[1] <= TRITON_WIDEST_ROW):
+        from cmdlab_kernels.denoising_attention_triton import restoration_losses
+
+        losses = restoration_losses(restored, target.detach(), target_index, loss == "cosine")
+    else:
+        wide = torch.promote_types(restored.dtype, torch.float32)
+        r, t = restored.to(wide), target.detach().index_select(0, target_index).to(wide)
+        if loss == "cosine":
+            losses = 1 - F.cosine_similarity(r, t, dim=-1, eps=EPSILON)
+        else:
+            losses = (r - t).square().sum(-1) / t.square().sum(-1).clamp(min=EPSILON)
+    return losses.sum() / max(losses.shape[0], 1)
+
+
+def reference_attention(
+    q: Tensor, item: Tensor, key_value: Tensor, lengths: Tensor, heads: int
+) -> Tensor:
+    """Attend with every query [P, W] over the keys and values of its item [B, K, 2W]."""
+    k, v = key_value[item].unflatten(-1, (2, heads, -1)).unbind(2)  # [P, K, H, d]
+    q = q.unflatten(-1, (heads, -1))  # [P, H, d]
+    scores = torch.einsum("phd,pkhd->phk", q, k) / q.shape[-1] ** 0.5
+    outside = torch.arange(k.shape[1], device=q.device) >= lengths[item, None]  # [P, K]
+    weights = scores.masked_fill(outside[:, None], -torch.inf).softmax(-1)
+    weights = weights.masked_fill(outside[:, None], 0)  # an item without keys has NaN weights
+    return torch.einsum("phk,pkhd->phd", weights, v).flatten(1)
+
+
+def padded_attention(
+    q: Tensor, item: Tensor, key_value: Tensor, lengths: Tensor, heads: int
+) -> Tensor:
+    """Do as `reference_attention`, with the queries of each item padded to the longest run."""
+    (p, w), (b, k, _) = q.shape, key_value.shape
+    queries = torch.bincount(item, minlength=b)
+    longest = int(queries.max())
+    spare = longest * torch.arange(b, device=q.device) - (queries.cumsum(0) - queries)
+    row = torch.arange(p, device=q.device) + spare[item]
+    padded = q.new_zeros(b * longest, w).index_copy(0, row, q)
+    padded = padded.view(b, longest, heads, w // heads).transpose(1, 2)  # [B, H, longest, d]
+    keys, values = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in key_value.split(w, -1))
+    valid = torch.arange(k, device=q.device) < lengths[:, None]  # [B, K]
+    out = F.scaled_dot_product_attention(padded, keys, values, attn_mask=valid[:, None, None])
+    return out.transpose(1, 2).reshape(b * longest, w).index_select(0, row)
+
+
+def use_triton(impl: str, tensor: Tensor, narrow: bool) -> bool:
+    """Return whether `impl` means the Triton kernels here; raise if they cannot do as asked."""
+    if impl not in ("auto", "reference", "padded", "triton"):
+        raise ValueError(f"impl must be 'auto', 'reference', 'padded' or 'triton', not {impl!r}")
+    device = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    runs = device and tensor.dtype in TRITON_WIDEST_HEAD and narrow
+    if impl == "triton" and not runs:
+        raise ValueError(
+            'impl="triton" supports CUDA, D up to 8192, and float16 or bfloat16 with heads up to '
+            f"128 wide or float32 up to 64; got {tensor.dtype} {list(tensor.shape)} on "
+            f"{tensor.device.type}"
+        )
+    return impl == "triton" or (impl == "auto" and tensor.is_cuda and runs)
+
+
+def check_index(name: str, index: Tensor, count: int, table: Tensor) -> None:
+    if index.dtype != torch.int64 or index.shape != (count,):
+        raise ValueError(f"{name} must be int64 [{count}], not {index.dtype} {list(index.shape)}")
+    if index.device != table.device:
+        raise ValueError(f"{name} is on {index.device}, its table on {table.device}")
+    if readable(index) and count > 0 and not 0 <= int(index.min()) <= int(index.max()) < len(table):
+        raise ValueError(f"{name} must lie in 0 .. {len(table) - 1}")
+
+
+def check_attention(
+    query: Tensor,
+    item: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    projections: Projections,
+    heads: int,
+) -> None:
+    if query.ndim != 2 or tokens.ndim != 3:
+        raise ValueError(
+            f"query [P, D] and tokens [B, K, E] expected, got {list(query.shape)} and "
+            f"{list(tokens.shape)}"
+        )
+    (_, d), (b, k, e), w = query.shape, tokens.shape, projections.query.shape[0]
+    shapes = [list(weight.shape) for weight in projections]
+    if shapes != [[w, d], [2 * w, e], [d, w]]:
+        raise ValueError(f"projections must be [W, {d}], [2W, {e}] and [{d}, W], got {shapes}")
+    if heads < 1 or w % heads != 0:
+        raise ValueError(f"heads must divide W = {w}, got {heads}")
+    check_index("item", item, query.shape[0], tokens)
+    if lengths.dtype != torch.int64 or lengths.shape != (b,):
+        raise ValueError(f"lengths must be int64 [{b}], not {lengths.dtype} {list(lengths.shape)}")
+    if readable(lengths):
+        if bool((item[1:] < item[:-1]).any()):
+            raise ValueError("item must never decrease: take places from mask.nonzero()")
+        if bool(((lengths < 0) | (lengths > k)).any()):
+            raise ValueError(f"lengths must lie in 0 .. {k}")
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device or breaking a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

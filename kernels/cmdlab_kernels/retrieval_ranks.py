@@ -1,0 +1,242 @@
+"""Exact retrieval ranks in both directions, without the matrix of all scores.
+
+The public function, its plain torch reference and the registration of both with torch.library. The
+score that defines a rank is in `retrieval_scores.py`, the fast paths are in
+`retrieval_ranks_cpu.py` and `retrieval_ranks_triton.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cmdlab_kernels import retrieval_ranks_cpu
+from cmdlab_kernels.retrieval_scores import (
+    PATHS,
+    Counts,
+    largest_entry,
+    pair_scores,
+    tile_scores,
+    tiles,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class RetrievalRanks:
+    """How many wrong answers score above, or the same as, the best right one.
+
+    A query's pessimistic rank is ``1 + greater + equal``, its optimistic rank ``1 + greater``.
+
+    Attributes:
+        speech_greater: int64 [N], images that score above the image of caption i.
+        speech_equal: int64 [N], other images with exactly its score.
+        image_greater: int64 [M], captions of other images that score above image j's best caption.
+        image_equal: int64 [M], captions of other images with exactly its score.
+        path_code: int64 [], index in `PATHS` of the arithmetic that was used.
+    """
+
+    speech_greater: Tensor
+    speech_equal: Tensor
+    image_greater: Tensor
+    image_equal: Tensor
+    path_code: Tensor
+
+    @property
+    def path(self) -> str:
+        """The arithmetic that was used, such as "cpu-bf16", or "exact" where it fell back."""
+        return PATHS[int(self.path_code)]
+
+
+def retrieval_ranks(
+    speech: Tensor,
+    image: Tensor,
+    speech_image_id: Tensor,
+    image_id: Tensor,
+    *,
+    impl: str = "auto",
+    group: ProcessGroup | None = None,
+) -> RetrievalRanks:
+    """Rank every image for every caption, and every caption for every image.
+
+    The score of a pair is the float64 dot product of the two rows, its products added in the order
+    of the dimensions. It depends on the two rows alone, so every `impl` gives the same counts, for
+    any tile size and any order of the gallery. Positives (pairs of equal id) are left out by id,
+    and an image's threshold is the score of its best caption. Counting has no derivative: the
+    result does not require grad.
+
+    Args:
+        speech: [N, D] float16, bfloat16, float32 or float64, one row a caption.
+        image: [M, D], same dtype and device, one row an image.
+        speech_image_id: [N] int64, the id of each caption's image.
+        image_id: [M] int64, unique.
+        impl: "reference" (plain torch, any device), "cpu" (certified low-precision products),
+            "triton" (the same on CUDA), or "auto": "triton" on CUDA, "cpu" on a CPU, and
+            "reference" elsewhere and for float64 on CUDA.
+        group: a torch.distributed group over whose ranks the gallery is split. Each rank passes
+            all captions and its own images; it gets the speech counts over the whole gallery and
+            the image counts of its own images.
+
+    Raises:
+        ValueError: for a shape, dtype, device or `impl` that is not supported, scores that are not
+            finite in float64, repeated image ids, an image without a caption, or a caption without
+            an image.
+    """
+    _check(speech, image, speech_image_id, image_id, impl)
+    if impl == "auto":
+        triton = speech.is_cuda and speech.dtype != torch.float64
+        impl = "triton" if triton else "cpu" if speech.device.type == "cpu" else "reference"
+    thresholds = torch.ops.cmdlab_kernels.retrieval_thresholds(
+        speech.detach(), image.detach(), speech_image_id, image_id, group is None
+    )
+    positive, speech_threshold, image_threshold = thresholds
+    if group is not None:
+        torch.distributed.all_reduce(speech_threshold, torch.distributed.ReduceOp.MAX, group)
+        if bool(speech_threshold.isneginf().any()):
+            raise ValueError("speech_image_id holds an id that is on no rank of the group")
+    *counts, path_code = torch.ops.cmdlab_kernels.retrieval_counts(
+        speech.detach(), image.detach(), positive, speech_threshold, image_threshold, impl
+    )
+    if group is not None:
+        summed = torch.stack([counts[0], counts[1], (positive >= 0).long()])
+        torch.distributed.all_reduce(summed, torch.distributed.ReduceOp.SUM, group)
+        if bool((summed[2] != 1).any()):
+            raise ValueError("image_id holds an id that is on more than one rank of the group")
+        counts[:2] = summed[0], summed[1]
+    return RetrievalRanks(counts[0], counts[1], counts[2], counts[3], path_code)
+
+
+def _check(
+    speech: Tensor, image: Tensor, speech_image_id: Tensor, image_id: Tensor, impl: str
+) -> None:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}, supported are {', '.join(IMPLEMENTATIONS)}")
+    if speech.ndim != 2 or image.ndim != 2 or speech.shape[1] != image.shape[1]:
+        raise ValueError(
+            f"speech [N, D] and image [M, D] expected, got {list(speech.shape)} and "
+            f"{list(image.shape)}"
+        )
+    if 0 in speech.shape or 0 in image.shape:
+        raise ValueError("speech and image must not be empty")
+    if speech_image_id.shape != speech.shape[:1] or image_id.shape != image.shape[:1]:
+        raise ValueError("speech_image_id [N] and image_id [M] must match speech and image")
+    if speech_image_id.dtype != torch.int64 or image_id.dtype != torch.int64:
+        raise ValueError("speech_image_id and image_id must be int64")
+    if speech.dtype not in DTYPES or image.dtype != speech.dtype:
+        raise ValueError(
+            "speech and image must have one dtype of float16, bfloat16, float32, float64, got "
+            f"{speech.dtype} and {image.dtype}"
+        )
+    devices = {speech.device, image.device, speech_image_id.device, image_id.device}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
+    if impl == "cpu" and speech.device.type != "cpu":
+        raise ValueError(f'impl="cpu" supports CPU tensors, got {speech.device}')
+    if impl == "triton":
+        if not (speech.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+            raise ValueError(f'impl="triton" supports CUDA tensors, got {speech.device}')
+        if speech.dtype == torch.float64:
+            raise ValueError('impl="triton" supports float16, bfloat16 and float32, got float64')
+
+
+@torch.library.custom_op("cmdlab_kernels::retrieval_thresholds", mutates_args=())
+def retrieval_thresholds(
+    speech: Tensor, image: Tensor, speech_image_id: Tensor, image_id: Tensor, whole_gallery: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Match the ids and score the positives.
+
+    Returns `positive` int64 [N], the row of each caption's image or -1 where this shard of the
+    gallery lacks it; the best positive's score float64 of each caption [N] (-inf where lacking)
+    and of each image [M].
+    """
+    ids, order = image_id.sort()
+    if bool((ids[1:] == ids[:-1]).any()):
+        raise ValueError("image_id holds an id more than once")
+    slot = torch.searchsorted(ids, speech_image_id).clamp(max=len(ids) - 1)
+    matched = ids[slot] == speech_image_id
+    if whole_gallery and not bool(matched.all()):
+        missing = int(speech_image_id[~matched][0])
+        raise ValueError(f"speech_image_id {missing} is not in image_id")
+    positive = torch.where(matched, order[slot], -1)
+    captions = torch.bincount(positive[matched], minlength=len(image_id))
+    if bool((captions == 0).any()):
+        raise ValueError(f"image_id {int(image_id[captions == 0][0])} has no caption")
+    largest = largest_entry(speech) * largest_entry(image) * speech.shape[1]
+    if not bool(largest.isfinite()):  # NaN and infinite entries also end here
+        raise ValueError("speech and image must be finite, and so must their dot products")
+
+    speech_threshold = torch.full_like(positive, -torch.inf, dtype=torch.float64)
+    rows = matched.nonzero()[:, 0]
+    speech_threshold[rows] = pair_scores(speech, image, rows, positive[rows])
+    image_threshold = torch.full_like(image_id, -torch.inf, dtype=torch.float64)
+    image_threshold.scatter_reduce_(0, positive[rows], speech_threshold[rows], "amax")
+    return positive, speech_threshold, image_threshold
+
+
+@retrieval_thresholds.register_fake
+def _(speech, image, speech_image_id, image_id, whole_gallery):
+    return (
+        torch.empty_like(speech_image_id),
+        torch.empty_like(speech_image_id, dtype=torch.float64),
+        torch.empty_like(image_id, dtype=torch.float64),
+    )
+
+
+@torch.library.custom_op("cmdlab_kernels::retrieval_counts", mutates_args=())
+def retrieval_counts(
+    speech: Tensor,
+    image: Tensor,
+    positive: Tensor,
+    speech_threshold: Tensor,
+    image_threshold: Tensor,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Count the pairs above and at the thresholds: the counts and the path of RetrievalRanks."""
+    if impl == "triton":
+        from cmdlab_kernels import retrieval_ranks_triton  # Triton is installed on Linux only
+
+        count = retrieval_ranks_triton.count_certified
+    else:
+        count = count_reference if impl == "reference" else retrieval_ranks_cpu.count_certified
+    counts = count(speech, image, positive, speech_threshold, image_threshold)
+    path_code = torch.tensor(PATHS.index(counts.path))
+    return (
+        counts.speech_greater,
+        counts.speech_equal,
+        counts.image_greater,
+        counts.image_equal,
+        path_code,
+    )
+
+
+@retrieval_counts.register_fake
+def _(speech, image, positive, speech_threshold, image_threshold, impl):
+    speech_count = torch.empty_like(positive)
+    image_count = torch.empty_like(image_threshold, dtype=torch.int64)
+    path_code = torch.empty((), dtype=torch.int64)
+    empty = torch.empty_like
+    return speech_count, empty(speech_count), image_count, empty(image_count), path_code
+
+
+def count_reference(
+    speech: Tensor,
+    image: Tensor,
+    positive: Tensor,
+    speech_threshold: Tensor,
+    image_threshold: Tensor,
+) -> Counts:
+    """Every pair's defined score, one tile after the other."""
+    counts = Counts.zeros(speech, image, "reference")
+    for tile in tiles(len(speech), len(image)):
+        scores = tile_scores(speech[tile.rows], image[tile.columns])
+        counts.add_tile(tile, scores, positive, speech_threshold, image_threshold)
+    return counts

@@ -1,0 +1,279 @@
+"""Certified retrieval ranks on the CPU: low-precision scores, a rigorous bound, few recomputed.
+
+A tile of scores is made by an int8, bfloat16 or float32 matrix product. Row by row and column by
+column it is compared with the two ends of the interval in which the rounding could decide; what
+lies between them is scored again in float64. The proof of the bound is in `kernels/README.md`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cmdlab_kernels.retrieval_bounds import (
+    Rounded,
+    doubtful_interval,
+    float_ends,
+    integer_ends,
+    ordinary,
+    round_rows,
+)
+from cmdlab_kernels.retrieval_scores import (
+    Counts,
+    count_exact,
+    float64_bound,
+    pair_scores,
+)
+
+HEIGHT = 480  # rows of a tile
+COUNTED = 240  # rows counted at once: at most 255, so that a byte can count a column
+WIDTH = 2040  # columns of a tile: at most 255 words of 8 bytes, so that a byte can count a row
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A way to multiply matrices, and the share of doubtful pairs up to which it pays."""
+
+    name: str
+    dtype: torch.dtype
+    product_dtype: torch.dtype
+    doubtful_limit: float
+
+    def multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        if self.dtype == torch.int8:
+            torch._int_mm(left, right, out=out)
+        else:
+            torch.mm(left, right, out=out)
+
+
+INT8 = Precision("cpu-int8", torch.int8, torch.int32, 0.005)
+BF16 = Precision("cpu-bf16", torch.bfloat16, torch.bfloat16, 0.02)
+FP32 = Precision("cpu-fp32", torch.float32, torch.float32, 0.05)
+
+
+def precisions() -> list[Precision]:
+    """What this processor multiplies fast, fastest first.
+
+    Without VNNI or AMX an int8 product is slow and may saturate; without AVX-512 BF16 or AMX a
+    bfloat16 product is slower than a float32 one.
+    """
+    found = [FP32]
+    if torch.backends.mkldnn.is_available():
+        amx = torch.cpu._is_amx_tile_supported()
+        if amx or torch.cpu._is_avx512_bf16_supported():
+            found.insert(0, BF16)
+        if amx or torch.cpu._is_vnni_supported():
+            found.insert(0, INT8)
+    return found
+
+
+def count_certified(
+    speech: Tensor,
+    image: Tensor,
+    positive: Tensor,
+    speech_threshold: Tensor,
+    image_threshold: Tensor,
+) -> Counts:
+    """The counts, by the first precision that leaves few pairs in doubt, or else exactly.
+
+    Arguments as for `count_reference`: speech [N, D], image [M, D], positive [N] (row of image, or
+    -1), thresholds float64 [N] and [M].
+    """
+    arguments = speech, image, positive, speech_threshold, image_threshold
+    with _plain_float32():
+        for precision in precisions() if ordinary(speech, image) else ():
+            counts = _count(precision, *arguments)
+            if counts is not None:
+                return counts
+    return count_exact(*arguments)
+
+
+@contextmanager
+def _plain_float32() -> Iterator[None]:
+    """Float32 products in float32, whatever torch.set_float32_matmul_precision says."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
+            yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _count(
+    precision: Precision,
+    speech: Tensor,
+    image: Tensor,
+    positive: Tensor,
+    speech_threshold: Tensor,
+    image_threshold: Tensor,
+) -> Counts | None:
+    """The counts, or None as soon as more pairs are in doubt than the precision is worth."""
+    multiple = 4 if precision.dtype == torch.int8 else 1  # torch._int_mm is wrong for D = 1
+    low_speech = round_rows(speech, precision.dtype, multiple=multiple)
+    low_image = round_rows(image, precision.dtype, multiple=multiple)
+    speech_ends = doubtful_interval(speech_threshold, low_speech, low_image)
+    image_ends = doubtful_interval(image_threshold, low_image, low_speech)
+    shift = byte_shift(low_speech, low_image)
+    speech_ends, image_ends = (
+        integer_ends(ends, torch.int8, shift)
+        if precision.dtype == torch.int8
+        else float_ends(ends, precision.dtype)
+        for ends in (speech_ends, image_ends)
+    )
+    speech_error = low_speech.norm * (low_speech.scale * float64_bound(speech.shape[1]))
+    image_error = low_image.norm * low_image.scale
+    counts = Counts.zeros(speech, image, precision.name)
+    tile_memory = _TileMemory(precision, shift)
+    seen = doubtful = 0
+    for columns in _chunks(len(image)):
+        width = columns.stop - columns.start
+        padding = -width % 8  # verdicts are read in words of 8 bytes
+        right = torch.nn.functional.pad(low_image.values[columns], (0, 0, 0, padding)).T
+        ends = torch.nn.functional.pad(image_ends[:, None, columns], (0, padding))
+        images, by_image = image[columns].double(), image_threshold[columns]
+        for rows in _spread(len(speech)):
+            scores = tile_memory.scores(low_speech.values[rows], right)
+            _blank(scores, positive[rows] - columns.start, width)
+            verdicts = tile_memory.compare(scores, speech_ends[:, rows, None], ends)
+            words = verdicts.view(torch.int64)
+            counts.speech_greater[rows] += _bytes(words[0].sum(1)).sum(1)
+            for block in words[2].split(COUNTED):
+                counts.image_greater[columns] += _bytes(block.sum(0)).flatten()[:width]
+
+            pairs = _nonzero_bytes((words[0] ^ words[1]) | (words[2] ^ words[3]))
+            seen += scores.numel()
+            doubtful += len(pairs)
+            late = seen * 8 > len(speech) * len(image)  # too late to give up for a little more
+            if doubtful > precision.doubtful_limit * seen * (4 if late else 1):
+                return None
+            if len(pairs) == 0:
+                continue
+            row, column = pairs // scores.shape[1], pairs % scores.shape[1]
+            by_row, by_column = speech_threshold[rows][row], by_image[column]
+            error = speech_error[rows][row] * image_error[columns][column]
+            exact = _rescore(speech[rows].double(), images, row, column, by_row, by_column, error)
+            # The product's verdict on these pairs is in the counts already: replace it.
+            greater_row = (exact > by_row).long() - verdicts[0].flatten()[pairs]
+            greater_column = (exact > by_column).long() - verdicts[2].flatten()[pairs]
+            counts.speech_greater[rows].index_add_(0, row, greater_row)
+            counts.speech_equal[rows].index_add_(0, row, (exact == by_row).long())
+            counts.image_greater[columns].index_add_(0, column, greater_column)
+            counts.image_equal[columns].index_add_(0, column, (exact == by_column).long())
+    return counts
+
+
+def byte_shift(queries: Rounded, gallery: Rounded) -> int:
+    """By how many bits int8 products are shifted for every sum to lie within ±127."""
+    return max(0, math.ceil(math.log2(float(queries.reach * gallery.reach) / 127)))
+
+
+def _chunks(m: int) -> Iterator[slice]:
+    """Chunks of columns, equally wide but for the last."""
+    count = -(-m // WIDTH)
+    width = -(-m // (8 * count)) * 8
+    for start in range(0, m, width):
+        yield slice(start, min(start + width, m))
+
+
+def _spread(n: int) -> list[slice]:
+    """Blocks of rows in an order whose beginning is a fair sample: by the golden ratio."""
+    order = sorted(range(0, n, HEIGHT), key=lambda start: start // HEIGHT * 0.618034 % 1)
+    return [slice(start, min(start + HEIGHT, n)) for start in order]
+
+
+class _TileMemory:
+    """The memory of one tile, used for all: a product's output and its four verdicts."""
+
+    def __init__(self, precision: Precision, shift: int) -> None:
+        self.precision = precision
+        self.shift = shift
+        self.product = torch.empty(HEIGHT * WIDTH, dtype=precision.product_dtype)
+        self.answer = torch.empty_like(self.product)
+        self.bytes = torch.empty(5, HEIGHT * WIDTH, dtype=torch.int8)
+
+    def scores(self, left: Tensor, right: Tensor) -> Tensor:
+        """left [h, D] × right [D, w]; the sums of an int8 product are brought to int8 [h, w]."""
+        shape = left.shape[0], right.shape[1]
+        product = self.product[: math.prod(shape)].view(shape)
+        self.precision.multiply(left, right, product)
+        if product.dtype != torch.int32:
+            return product
+        narrow = self.bytes[4, : math.prod(shape)].view(shape)
+        return narrow.copy_(product.bitwise_right_shift_(self.shift))
+
+    def compare(self, scores: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+        """Verdicts int8 [4, h, w], 1 for yes; by_row [2, h, 1], by_column [2, 1, w].
+
+        Above the row's interval, above or inside it, and the same for the column's. torch compares
+        ten times as fast when the output has the type of the inputs, hence no bool here.
+        """
+        verdicts = self.bytes[:4, : scores.numel()].view(4, *scores.shape)
+        questions = (
+            (torch.gt, by_row[1]),
+            (torch.ge, by_row[0]),
+            (torch.gt, by_column[1]),
+            (torch.ge, by_column[0]),
+        )
+        for verdict, (question, end) in zip(verdicts, questions, strict=True):
+            if scores.dtype == torch.int8:
+                question(scores, end, out=verdict)
+            else:
+                answer = self.answer[: scores.numel()].view(scores.shape)
+                verdict.copy_(question(scores, end, out=answer))
+        return verdicts
+
+
+def _blank(scores: Tensor, positive: Tensor, width: int) -> None:
+    """Put the positives (columns [h], if inside) and the padding below every interval."""
+    lowest = -128 if scores.dtype == torch.int8 else -torch.inf
+    scores[:, width:] = lowest
+    inside = ((positive >= 0) & (positive < width)).nonzero()[:, 0]
+    scores[inside, positive[inside]] = lowest
+
+
+def _bytes(words: Tensor) -> Tensor:
+    """The bytes [n, 8] of words int64 [n], as int64."""
+    return words.view(torch.uint8).view(-1, 8).long()
+
+
+def _nonzero_bytes(words: Tensor) -> Tensor:
+    """Positions [P], ascending, of the bytes of `words` that are not zero."""
+    words = words.flatten()
+    place = words.nonzero()[:, 0]
+    word, byte = words[place].view(torch.uint8).view(-1, 8).nonzero(as_tuple=True)
+    return place[word] * 8 + byte
+
+
+def _rescore(
+    speech: Tensor,
+    image: Tensor,
+    row: Tensor,
+    column: Tensor,
+    by_row: Tensor,
+    by_column: Tensor,
+    error: Tensor,
+) -> Tensor:
+    """Scores float64 [P] that compare with both thresholds as the defined scores do.
+
+    Pairs (row, column) come row by row. A sampled float64 product serves all but those within
+    `error` [P] of a threshold, where even its rounding could decide.
+    """
+    ends = torch.bincount(row, minlength=len(speech)).cumsum(0)
+    begin = torch.nn.functional.pad(ends, (1, 0))
+    zeros, shape = torch.zeros_like(by_row), (len(speech), len(image))
+    pairs = torch.sparse_csr_tensor(begin, column, zeros, shape)
+    scores = torch.sparse.sampled_addmm(pairs, speech, image.T, beta=0.0).values()
+    near = (scores - by_row).abs() <= error
+    near |= (scores - by_column).abs() <= error
+    close = near.nonzero()[:, 0]
+    scores[close] = pair_scores(speech, image, row[close], column[close])
+    return scores

@@ -1,0 +1,153 @@
+"""The score that defines a retrieval rank, and exact counting with it.
+
+The score of a pair is its float64 dot product with the products added in the order of the
+dimensions. Elementwise operations alone compute it, so its bits depend on the two rows and on
+nothing else: not on the tile, the device, or the number of threads. (A library's matrix product
+gives other low bits for other tile shapes, and then equal vectors no longer tie.) Products of two
+float32 numbers are exact in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PATHS = (
+    "reference",
+    "exact",
+    "cpu-int8",
+    "cpu-bf16",
+    "cpu-fp32",
+    "triton-int8",
+    "triton-fp16",
+    "triton-bf16",
+    "triton-fp32",
+)
+PAIRS_AT_ONCE = 65536
+PAIRS_IN_CACHE = 256
+TILE = 512  # rows and columns of an exact tile: 2 MB of float64
+
+
+def pair_scores(speech: Tensor, image: Tensor, speech_index: Tensor, image_index: Tensor) -> Tensor:
+    """The defined score float64 [P] of the pairs (speech_index [P], image_index [P])."""
+    scores = torch.zeros(len(speech_index), dtype=torch.float64, device=speech.device)
+    at_once = PAIRS_AT_ONCE if speech.is_cuda else PAIRS_IN_CACHE
+    for start in range(0, len(scores), at_once):
+        pairs = slice(start, start + at_once)
+        products = speech.index_select(0, speech_index[pairs]).double()
+        products *= image.index_select(0, image_index[pairs]).double()
+        if products.device.type == "cpu":  # where cumsum adds in order; elsewhere it is a scan
+            scores[pairs] = products.cumsum(1)[:, -1]
+        else:
+            for product in products.T.contiguous():  # one dimension of all pairs
+                scores[pairs] += product
+    return scores
+
+
+def tile_scores(speech: Tensor, image: Tensor) -> Tensor:
+    """The defined score float64 [n, m] of every pair of speech [n, D] and image [m, D]."""
+    scores = torch.zeros(len(speech), len(image), dtype=torch.float64, device=speech.device)
+    product = torch.empty_like(scores)
+    image = image.double().T.contiguous()  # [D, m]
+    for dimension, column in enumerate(speech.double().T.contiguous()):
+        scores += torch.mul(column[:, None], image[dimension], out=product)
+    return scores
+
+
+def float64_bound(dimensions: int) -> float:
+    """Times the two norms, how far any float64 dot product can be from the defined score.
+
+    Each of the two is within D u / (1 - D u) of the exact value, u = 2^-53, in any order of the
+    sum (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); doubled once more
+    for the rounding of the norms.
+    """
+    return 4 * (dimensions + 1) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class Tile:
+    rows: slice
+    columns: slice
+
+
+def tiles(n: int, m: int, height: int = TILE, width: int = TILE) -> Iterator[Tile]:
+    """The tiles of an n × m matrix, row by row."""
+    for top in range(0, n, height):
+        for left in range(0, m, width):
+            yield Tile(slice(top, min(top + height, n)), slice(left, min(left + width, m)))
+
+
+@dataclass
+class Counts:
+    """Counts of both directions, int64, and the name of the arithmetic that made them."""
+
+    speech_greater: Tensor  # [N]
+    speech_equal: Tensor  # [N]
+    image_greater: Tensor  # [M]
+    image_equal: Tensor  # [M]
+    path: str
+
+    @classmethod
+    def zeros(cls, speech: Tensor, image: Tensor, path: str) -> Counts:
+        def zeros(rows: Tensor) -> Tensor:
+            return torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+
+        return cls(zeros(speech), zeros(speech), zeros(image), zeros(image), path)
+
+    def add_tile(
+        self,
+        tile: Tile,
+        scores: Tensor,
+        positive: Tensor,
+        speech_threshold: Tensor,
+        image_threshold: Tensor,
+    ) -> None:
+        """Count a tile of scores, float64 [n, m]; its positives are overwritten."""
+        rows, columns = tile.rows, tile.columns
+        local = positive[rows] - columns.start
+        inside = ((local >= 0) & (local < scores.shape[1])).nonzero()[:, 0]
+        scores[inside, local[inside]] = -torch.inf
+        by_row, by_column = speech_threshold[rows, None], image_threshold[columns]
+        self.speech_greater[rows] += (scores > by_row).sum(1)
+        self.speech_equal[rows] += (scores == by_row).sum(1)
+        self.image_greater[columns] += (scores > by_column).sum(0)
+        self.image_equal[columns] += (scores == by_column).sum(0)
+
+
+def count_exact(
+    speech: Tensor,
+    image: Tensor,
+    positive: Tensor,
+    speech_threshold: Tensor,
+    image_threshold: Tensor,
+) -> Counts:
+    """Float64 matrix products, with the defined score wherever their rounding could decide."""
+    counts = Counts.zeros(speech, image, "exact")
+    speech_norm, image_norm = row_norms(speech), row_norms(image)
+    bound = float64_bound(speech.shape[1])
+    for tile in tiles(len(speech), len(image)):
+        rows, columns = tile.rows, tile.columns
+        scores = speech[rows].double() @ image[columns].double().T
+        error = bound * speech_norm[rows, None] * image_norm[columns] + 2.0**-1000
+        doubtful = (scores - speech_threshold[rows, None]).abs_() <= error
+        doubtful |= (scores - image_threshold[columns]).abs_() <= error
+        row, column = doubtful.nonzero(as_tuple=True)
+        if len(row) > doubtful.numel() // 16:
+            scores = tile_scores(speech[rows], image[columns])
+        else:
+            scores[row, column] = pair_scores(speech[rows], image[columns], row, column)
+        counts.add_tile(tile, scores, positive, speech_threshold, image_threshold)
+    return counts
+
+
+def largest_entry(x: Tensor) -> Tensor:
+    """The largest absolute value of x, float64 []; NaN if x holds one."""
+    return torch.stack(x.aminmax()).abs().amax().double()
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """Euclidean norms float64 [N] of rows [N, D], a block of rows at a time."""
+    return torch.cat([torch.linalg.vector_norm(x.double(), dim=1) for x in rows.split(1024)])

@@ -1,0 +1,124 @@
+"""Compile the kernels of the denoising task and of InfoNCE for GPUs that are not at hand.
+
+Every configuration that can be picked must hold its tiles in the registers and the shared memory of
+compute capability 8.0, 9.0 and 10.0, and multiply 16-bit matrices on Hopper's tensor cores.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+triton = pytest.importorskip("triton")
+
+from cmdlab_kernels import denoising_attention_triton as ends  # noqa: E402
+from cmdlab_kernels import info_nce_triton, ragged_attention_triton  # noqa: E402
+from cmdlab_kernels.denoising_attention import (  # noqa: E402
+    TRITON_WIDEST_HEAD,
+    TRITON_WIDEST_ROW,
+)
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+CAPABILITIES = [80, 90, 100]
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
+ELEMENT = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+# An argument that is neither here nor a tile size points to elements of the embeddings' dtype.
+ARGUMENTS = (
+    dict.fromkeys(["N", "D", "P", "B", "K", "H", "S", "T", "R", "width", "first_column"], "i32")
+    | dict.fromkeys(["item_ptr", "lengths_ptr", "order_ptr", "place_ptr"], "*i64")
+    | dict.fromkeys(["source_index_ptr", "target_index_ptr"], "*i64")
+    | dict.fromkeys(["group_ptr", "first_query_ptr", "first_ptr"], "*i32")
+    | dict.fromkeys(["scale_ptr", "row_sum_ptr", "column_sum_ptr", "positive_ptr"], "*fp32")
+    | dict.fromkeys(["sum_ptr", "lse_ptr", "row_lse_ptr", "column_lse_ptr"], "*fp32")
+    | dict.fromkeys(["delta_ptr", "loss_ptr"], "*fp32")
+    | {"scale": "fp32"}
+)
+# Every 16-bit configuration is that of bfloat16; float16 is compiled for one device to see that
+# the types agree.
+DTYPES = [(d, c) for d in (torch.bfloat16, torch.float32) for c in CAPABILITIES]
+DTYPES.append((torch.float16, 90))
+
+
+def check(kernel, dtype, capability, configuration, folder, *, aligned=True) -> str:
+    """Compile `kernel`; fail if it spills or wants too much shared memory; return its PTX."""
+    names = kernel.arg_names
+    launch = {k: v for k, v in configuration.items() if k.startswith("num_")}
+    constants = {k: v for k, v in configuration.items() if k not in launch}
+    types = {name: ARGUMENTS.get(name, ELEMENT[dtype]) for name in names if name not in constants}
+    if kernel is ends.loss_bwd_kernel:
+        types["grad_ptr"] = "*fp32"
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in types.items()
+        if kind.startswith("*") or (kind == "i32" and aligned)
+    }
+    signature = {name: types.get(name, "constexpr") for name in names}
+    source = ASTSource(
+        kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attributes
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    dump = subprocess.run(
+        [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
+    where = f"{kernel.__name__} {dtype} {capability} {configuration}"
+    assert used["REG"] > 0, dump
+    assert used["STACK"] == used["LOCAL"] == 0, f"spills: {where}: {used}"
+    assert compiled.metadata.shared <= SHARED_MEMORY[capability], where
+    return compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize(("dtype", "capability"), DTYPES)
+@pytest.mark.parametrize("name", ["sums_fwd_kernel", "untrusted_fwd_kernel", "weights_bwd_kernel"])
+def test_info_nce(name, dtype, capability, tmp_path):
+    kernel = getattr(info_nce_triton, name)
+    configuration = info_nce_triton.configuration(kernel, dtype, capability)
+    ptx = check(kernel, dtype, capability, configuration, tmp_path)
+    assert ("wgmma" in ptx) == (capability == 90 and dtype != torch.float32)
+
+
+@pytest.mark.parametrize(("dtype", "capability"), DTYPES)
+@pytest.mark.parametrize(
+    "name", ["attention_fwd_kernel", "query_bwd_kernel", "key_value_bwd_kernel"]
+)
+def test_attention(name, dtype, capability, tmp_path):
+    kernel = getattr(ragged_attention_triton, name)
+    widest = TRITON_WIDEST_HEAD[dtype]
+    widths = [16, 32, 64, 128] if dtype == torch.bfloat16 else [32, widest]
+    for width in widths:
+        configuration = ragged_attention_triton.configuration(kernel, dtype, width)
+        ptx = check(kernel, dtype, capability, configuration, tmp_path)
+        assert ("wgmma" in ptx) == (capability == 90 and dtype != torch.float32)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_queries_and_losses(capability, tmp_path):
+    for width in (64, TRITON_WIDEST_ROW):
+        configuration = ends.configuration(width)
+        check(ends.queries_fwd_kernel, torch.bfloat16, capability, configuration, tmp_path)
+        for cosine in (False, True):
+            options = configuration | {"COSINE": cosine}
+            check(ends.loss_fwd_kernel, torch.float32, capability, options, tmp_path)
+            check(ends.loss_bwd_kernel, torch.float32, capability, options, tmp_path)
+    check(ends.sum_by_index_kernel, torch.bfloat16, capability, ends.SUM_TILE, tmp_path)
+
+
+def test_attention_over_sizes_that_are_not_multiples_of_sixteen(tmp_path):
+    kernels = [
+        (ragged_attention_triton, "attention_fwd_kernel", 64),
+        (ragged_attention_triton, "query_bwd_kernel", 64),
+        (ragged_attention_triton, "key_value_bwd_kernel", 64),
+    ]
+    for module, name, case in kernels:
+        kernel = getattr(module, name)
+        configuration = module.configuration(kernel, torch.bfloat16, case)
+        check(kernel, torch.bfloat16, 90, configuration, tmp_path, aligned=False)
