@@ -1,0 +1,117 @@
+"""Small corpora in the two real layouts, written by the tests."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from cmdlab.corpora.corpus import Corpus, Split, load_corpus
+from cmdlab.errors import InputError
+
+
+def write_sound(path: Path, seconds: float = 0.05, rate: int = 16_000) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, int(seconds * rate))
+    soundfile.write(path, samples, rate, subtype="PCM_16")
+
+
+def write_image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (6, 4), (200, 30, 30)).save(path)
+
+
+@pytest.fixture
+def spoken_coco(tmp_path: Path) -> Path:
+    """Six images: 3 train (one of them restval, one released under val), 1 val, 2 test.
+
+    The test images have two captions and one, spoken by WAV and FLAC files.
+    """
+    root = tmp_path / "coco"
+    splits = ["train", "train", "val", "restval", "test", "test"]
+    release: dict[str, list] = {"train": [], "val": []}
+    listed = []
+    for number, split in enumerate(splits):
+        part = "train" if number < 2 else "val"
+        name = f"COCO_{part}2014_{number:012d}.jpg"
+        write_image(root / f"{part}2014" / name)
+        captions = []
+        for n in reversed(range(2 if number != 5 else 1)):  # file order is not the sorted order
+            uttid = f"speaker{n}-{number}-{n}"
+            wav = f"wavs/{part}/0/{uttid}.{'flac' if n else 'wav'}"
+            write_sound(root / wav)
+            text = f"IMAGE {number} AGAIN {n}"
+            captions.append({"text": text, "speaker": f"speaker{n}", "uttid": uttid, "wav": wav})
+        release[part].append({"image": f"{part}2014/{name}", "captions": captions})
+        listed.append({"filepath": f"{part}2014", "filename": name, "split": split})
+    for part, data in release.items():
+        (root / f"SpokenCOCO_{part}.json").write_text(json.dumps({"data": data}))
+    karpathy = {"dataset": "coco", "images": listed[::-1]}
+    (root / "dataset_coco.json").write_text(json.dumps(karpathy))
+    return root
+
+
+@pytest.fixture
+def flickr8k_audio(tmp_path: Path) -> Path:
+    """Four images: 2 train, 1 val, 1 test, two captions each, and one image of no split."""
+    root = tmp_path / "flickr8k"
+    stems = ["30_c", "10_a", "20_b", "40_d", "50_unlisted"]
+    (root / "flickr_audio").mkdir(parents=True)
+    recordings, speakers, tokens = [], [], []
+    for stem in stems:
+        write_image(root / "Images" / f"{stem}.jpg")
+        for n in (1, 0):
+            tokens.append(f"{stem}.jpg#{n}\tA dog runs in {stem} , {n} .")
+            if stem != "50_unlisted":
+                write_sound(root / "flickr_audio" / "wavs" / f"{stem}_{n}.wav")
+                recordings.append(f"{stem}_{n}.wav {stem}.jpg #{n}")
+                speakers.append(f"{stem}_{n}.wav {n}")
+    for name, lines in {
+        "flickr_audio/wav2capt.txt": recordings,
+        "flickr_audio/wav2spk.txt": speakers[::-1],
+        "Flickr8k.token.txt": tokens,
+        "Flickr_8k.trainImages.txt": ["20_b.jpg", "30_c.jpg"],
+        "Flickr_8k.devImages.txt": ["10_a.jpg"],
+        "Flickr_8k.testImages.txt": ["40_d.jpg"],
+    }.items():
+        (root / name).write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def edit_text() -> Callable[[Path, str, str], None]:
+    """Replaces one piece of a text file."""
+
+    def edit(path: Path, old: str, new: str) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def loads_or_refuses() -> Callable[..., Corpus | None]:
+    """Loads a corpus and checks what every corpus promises, or checks the refusal: then None."""
+
+    def load(root: Path, split: Split, *, skip_bad: bool) -> Corpus | None:
+        try:
+            corpus = load_corpus(root, split, skip_bad=skip_bad)
+        except InputError as error:
+            refusal = str(error)
+        else:
+            image_ids = {image.id for image in corpus.images}
+            paths = [image.path for image in corpus.images] + [c.audio for c in corpus.captions]
+            assert len(image_ids) == len(corpus.images) > 0
+            assert image_ids == {caption.image_id for caption in corpus.captions}
+            assert len({caption.id for caption in corpus.captions}) == len(corpus.captions)
+            assert all(path.resolve().is_relative_to(root.resolve()) for path in paths)
+            return corpus
+        assert refusal.startswith(str(root))
+        assert "\n" not in refusal
+        return None
+
+    return load
