@@ -28,6 +28,10 @@ class Rounded:
     norm: Tensor  # [n] float64, at least the norm of row / scale
     residual: Tensor  # [n] float64, at least the norm of row / scale − values
 
+    def __getitem__(self, rows: Tensor) -> Rounded:
+        """Some of the rows, int64 [m]."""
+        return Rounded(self.values[rows], self.scale, self.norm[rows], self.residual[rows])
+
     @property
     def reach(self) -> Tensor:
         """At least the norm of any row of `values`, float64 []."""
@@ -39,17 +43,21 @@ def ordinary(speech: Tensor, image: Tensor) -> bool:
     return all(2.0**-30 < float(largest_entry(x)) < 2.0**30 for x in (speech, image))
 
 
-def round_rows(rows: Tensor, dtype: torch.dtype, *, multiple: int = 1) -> Rounded:
+def round_rows(
+    rows: Tensor, dtype: torch.dtype, *, multiple: int = 1, clip: bool = False
+) -> Rounded:
     """Round rows [n, D] to `dtype`, with zeros up to a multiple of `multiple` dimensions.
 
-    The unit of int8 is chosen for the least residual, that of float16 brings the largest entry to
-    between 1 and 2; bfloat16 and float32 need none.
+    The unit of int8 makes the largest entry 127. With `clip` it is chosen for the least mean
+    residual instead, and entries beyond are clipped: good for queries, each of which bears its own
+    residual, and bad for a gallery, whose worst residual every query bears. The unit of float16
+    brings the largest entry to between 1 and 2; bfloat16 and float32 need none.
     """
     n, dimensions = rows.shape
     integer = dtype == torch.int8
     scale = 1.0
     if integer:
-        scale = _int8_scale(rows)
+        scale = _clipping_scale(rows) if clip else float(largest_entry(rows)) / 127
     elif dtype == torch.float16:
         scale = 2.0 ** (math.frexp(float(largest_entry(rows)))[1] - 1)
     padding = -dimensions % multiple
@@ -115,8 +123,8 @@ def _round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(rounded.double() < x, above, rounded)
 
 
-def _int8_scale(rows: Tensor) -> float:
-    """The unit that leaves the least residual in a sample of rows; entries beyond are clipped."""
+def _clipping_scale(rows: Tensor) -> float:
+    """The unit of int8 that leaves the least residual in a sample of rows."""
     sample = rows[:: max(1, len(rows) // 64)].float()
     largest = float(largest_entry(rows))
     scales = [largest / 127 * share for share in (1, 0.85, 0.7, 0.6, 0.5, 0.4)]

@@ -1,8 +1,9 @@
 """Certified retrieval ranks on the CPU: low-precision scores, a rigorous bound, few recomputed.
 
-A tile of scores is made by an int8, bfloat16 or float32 matrix product. Row by row and column by
-column it is compared with the two ends of the interval in which the rounding could decide; what
-lies between them is scored again in float64. The proof of the bound is in `kernels/README.md`.
+Each caption takes the fastest of int8, bfloat16 and float32 that is expected to leave few of its
+scores in doubt. A tile of scores is made by a matrix product; row by row and column by column it is
+compared with the two ends of the interval in which the rounding could decide, and what lies between
+them is scored again. The proof of the bound is in `kernels/README.md`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from cmdlab_kernels.retrieval_scores import (
     pair_scores,
 )
 
-HEIGHT = 480  # rows of a tile
+SAMPLED = 64  # images from which the spread of a caption's scores is estimated
+HEIGHT = 960  # rows of a tile
 COUNTED = 240  # rows counted at once: at most 255, so that a byte can count a column
 WIDTH = 2040  # columns of a tile: at most 255 words of 8 bytes, so that a byte can count a row
 
@@ -45,6 +47,10 @@ class Precision:
     product_dtype: torch.dtype
     doubtful_limit: float
 
+    def round(self, rows: Tensor, *, clip: bool) -> Rounded:
+        multiple = 4 if self.dtype == torch.int8 else 1  # torch._int_mm is wrong for D = 1
+        return round_rows(rows, self.dtype, multiple=multiple, clip=clip)
+
     def multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         if self.dtype == torch.int8:
             torch._int_mm(left, right, out=out)
@@ -52,8 +58,8 @@ class Precision:
             torch.mm(left, right, out=out)
 
 
-INT8 = Precision("cpu-int8", torch.int8, torch.int32, 0.005)
-BF16 = Precision("cpu-bf16", torch.bfloat16, torch.bfloat16, 0.02)
+INT8 = Precision("cpu-int8", torch.int8, torch.int32, 0.0075)
+BF16 = Precision("cpu-bf16", torch.bfloat16, torch.bfloat16, 0.015)
 FP32 = Precision("cpu-fp32", torch.float32, torch.float32, 0.05)
 
 
@@ -80,18 +86,62 @@ def count_certified(
     speech_threshold: Tensor,
     image_threshold: Tensor,
 ) -> Counts:
-    """The counts, by the first precision that leaves few pairs in doubt, or else exactly.
+    """The counts, each row by the first precision that leaves few pairs in doubt, or else exactly.
 
     Arguments as for `count_reference`: speech [N, D], image [M, D], positive [N] (row of image, or
-    -1), thresholds float64 [N] and [M].
+    -1), thresholds float64 [N] and [M]. The path is that of the most exact arithmetic used.
     """
-    arguments = speech, image, positive, speech_threshold, image_threshold
+    if not ordinary(speech, image):
+        return count_exact(speech, image, positive, speech_threshold, image_threshold)
+    counts = Counts.zeros(speech, image, "exact")
+    rows = torch.arange(len(speech))  # those that no precision has taken yet
     with _plain_float32():
-        for precision in precisions() if ordinary(speech, image) else ():
-            counts = _count(precision, *arguments)
-            if counts is not None:
+        expected = _expectation(speech, image)
+        for precision in precisions():
+            left = speech if len(rows) == len(speech) else speech[rows]
+            low_speech = precision.round(left, clip=True)
+            low_image = precision.round(image, clip=False)
+            ends = doubtful_interval(speech_threshold[rows], low_speech, low_image)
+            doubt = expected.share_within(rows, ends * (low_speech.scale * low_image.scale))
+            cheap = (doubt <= precision.doubtful_limit).nonzero()[:, 0]
+            if len(cheap) * 8 < len(rows):  # a pass for so few is not worth its beginning
+                continue
+            chosen = rows[cheap]
+            thresholds = positive[chosen], speech_threshold[chosen], image_threshold
+            part = _count(precision, left, image, cheap, low_speech, low_image, *thresholds)
+            if part is not None:
+                counts.add_rows(chosen, part)
+                rows = rows[doubt > precision.doubtful_limit]
+            if len(rows) == 0:
                 return counts
-    return count_exact(*arguments)
+    thresholds = positive[rows], speech_threshold[rows], image_threshold
+    counts.add_rows(rows, count_exact(speech[rows], image, *thresholds))
+    return counts
+
+
+@dataclass(frozen=True)
+class _Expectation:
+    """Mean and spread of each caption's scores, from a sample of the gallery."""
+
+    mean: Tensor  # [N]
+    spread: Tensor  # [N]
+
+    def share_within(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """The share [n] of a row's scores between ends [2, n] if they were normal.
+
+        It decides what is tried first, never what is counted.
+        """
+        lower, upper = torch.special.ndtr((ends - self.mean[rows]) / self.spread[rows])
+        return (upper - lower).nan_to_num(0.0)
+
+
+def _expectation(speech: Tensor, image: Tensor) -> _Expectation:
+    sample = image[:: max(1, len(image) // SAMPLED)].float().T.contiguous()
+    parts = [
+        torch.std_mean(rows.float() @ sample, 1, correction=0) for rows in speech.split(4 * HEIGHT)
+    ]
+    spread, mean = (torch.cat(values).double() for values in zip(*parts, strict=True))
+    return _Expectation(mean, spread)
 
 
 @contextmanager
@@ -112,47 +162,54 @@ def _count(
     precision: Precision,
     speech: Tensor,
     image: Tensor,
+    chosen: Tensor,
+    low_speech: Rounded,
+    low_image: Rounded,
     positive: Tensor,
     speech_threshold: Tensor,
     image_threshold: Tensor,
 ) -> Counts | None:
-    """The counts, or None as soon as more pairs are in doubt than the precision is worth."""
-    multiple = 4 if precision.dtype == torch.int8 else 1  # torch._int_mm is wrong for D = 1
-    low_speech = round_rows(speech, precision.dtype, multiple=multiple)
-    low_image = round_rows(image, precision.dtype, multiple=multiple)
-    speech_ends = doubtful_interval(speech_threshold, low_speech, low_image)
-    image_ends = doubtful_interval(image_threshold, low_image, low_speech)
+    """The counts of the rows `chosen` [n] of speech, or None as soon as too many are in doubt.
+
+    positive [n], speech_threshold [n] and the counts are of the chosen rows.
+    """
     shift = byte_shift(low_speech, low_image)
-    speech_ends, image_ends = (
-        integer_ends(ends, torch.int8, shift)
-        if precision.dtype == torch.int8
-        else float_ends(ends, precision.dtype)
-        for ends in (speech_ends, image_ends)
+    ends = (
+        doubtful_interval(speech_threshold, low_speech[chosen], low_image),
+        doubtful_interval(image_threshold, low_image, low_speech),
     )
-    speech_error = low_speech.norm * (low_speech.scale * float64_bound(speech.shape[1]))
+    speech_ends, image_ends = (
+        integer_ends(one, torch.int8, shift)
+        if precision.dtype == torch.int8
+        else float_ends(one, precision.dtype)
+        for one in ends
+    )
+    rounding = rescoring_bound(speech)
+    speech_error = low_speech.norm[chosen] * (low_speech.scale * rounding)
     image_error = low_image.norm * low_image.scale
-    counts = Counts.zeros(speech, image, precision.name)
+    counts = Counts.zeros(chosen, image, precision.name)
     tile_memory = _TileMemory(precision, shift)
     seen = doubtful = 0
     for columns in _chunks(len(image)):
         width = columns.stop - columns.start
         padding = -width % 8  # verdicts are read in words of 8 bytes
         right = torch.nn.functional.pad(low_image.values[columns], (0, 0, 0, padding)).T
-        ends = torch.nn.functional.pad(image_ends[:, None, columns], (0, padding))
-        images, by_image = image[columns].double(), image_threshold[columns]
-        for rows in _spread(len(speech)):
-            scores = tile_memory.scores(low_speech.values[rows], right)
+        ends_of_columns = torch.nn.functional.pad(image_ends[:, None, columns], (0, padding))
+        images, by_image = image[columns], image_threshold[columns]
+        for rows in _spread(len(chosen)):
+            scores = tile_memory.scores(low_speech.values.index_select(0, chosen[rows]), right)
             _blank(scores, positive[rows] - columns.start, width)
-            verdicts = tile_memory.compare(scores, speech_ends[:, rows, None], ends)
+            verdicts = tile_memory.compare(scores, speech_ends[:, rows, None], ends_of_columns)
             words = verdicts.view(torch.int64)
-            counts.speech_greater[rows] += _bytes(words[0].sum(1)).sum(1)
-            for block in words[2].split(COUNTED):
+            counts.speech_greater[rows] += _bytes(words[1].sum(1)).sum(1)
+            for block in words[3].split(COUNTED):
                 counts.image_greater[columns] += _bytes(block.sum(0)).flatten()[:width]
 
-            pairs = _nonzero_bytes((words[0] ^ words[1]) | (words[2] ^ words[3]))
+            in_row, in_column = words[0].bitwise_xor_(words[1]), words[2].bitwise_xor_(words[3])
+            pairs = _nonzero_bytes(in_row.bitwise_or_(in_column))
             seen += scores.numel()
             doubtful += len(pairs)
-            late = seen * 8 > len(speech) * len(image)  # too late to give up for a little more
+            late = seen * 8 > len(chosen) * len(image)  # too late to give up for a little more
             if doubtful > precision.doubtful_limit * seen * (4 if late else 1):
                 return None
             if len(pairs) == 0:
@@ -160,10 +217,11 @@ def _count(
             row, column = pairs // scores.shape[1], pairs % scores.shape[1]
             by_row, by_column = speech_threshold[rows][row], by_image[column]
             error = speech_error[rows][row] * image_error[columns][column]
-            exact = _rescore(speech[rows].double(), images, row, column, by_row, by_column, error)
+            queries = speech.index_select(0, chosen[rows])
+            exact = _rescore(queries, images, row, column, by_row, by_column, error)
             # The product's verdict on these pairs is in the counts already: replace it.
-            greater_row = (exact > by_row).long() - verdicts[0].flatten()[pairs]
-            greater_column = (exact > by_column).long() - verdicts[2].flatten()[pairs]
+            greater_row = (exact > by_row).long() - verdicts[1].flatten()[pairs]
+            greater_column = (exact > by_column).long() - verdicts[3].flatten()[pairs]
             counts.speech_greater[rows].index_add_(0, row, greater_row)
             counts.speech_equal[rows].index_add_(0, row, (exact == by_row).long())
             counts.image_greater[columns].index_add_(0, column, greater_column)
@@ -172,8 +230,11 @@ def _count(
 
 
 def byte_shift(queries: Rounded, gallery: Rounded) -> int:
-    """By how many bits int8 products are shifted for every sum to lie within ±127."""
-    return max(0, math.ceil(math.log2(float(queries.reach * gallery.reach) / 127)))
+    """By how many bits int8 products are shifted for a byte to hold a quarter of their range.
+
+    Scores rarely go further, and those that do are clipped, which only leaves them in doubt.
+    """
+    return max(0, math.ceil(math.log2(float(queries.reach * gallery.reach) / 127)) - 2)
 
 
 def _chunks(m: int) -> Iterator[slice]:
@@ -201,27 +262,28 @@ class _TileMemory:
         self.bytes = torch.empty(5, HEIGHT * WIDTH, dtype=torch.int8)
 
     def scores(self, left: Tensor, right: Tensor) -> Tensor:
-        """left [h, D] × right [D, w]; the sums of an int8 product are brought to int8 [h, w]."""
+        """left [h, D] × right [D, w]; the sums of an int8 product are cut down to int8 [h, w]."""
         shape = left.shape[0], right.shape[1]
         product = self.product[: math.prod(shape)].view(shape)
         self.precision.multiply(left, right, product)
         if product.dtype != torch.int32:
             return product
         narrow = self.bytes[4, : math.prod(shape)].view(shape)
-        return narrow.copy_(product.bitwise_right_shift_(self.shift))
+        return narrow.copy_(product.bitwise_right_shift_(self.shift).clamp_(-127, 127))
 
     def compare(self, scores: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
         """Verdicts int8 [4, h, w], 1 for yes; by_row [2, h, 1], by_column [2, 1, w].
 
-        Above the row's interval, above or inside it, and the same for the column's. torch compares
-        ten times as fast when the output has the type of the inputs, hence no bool here.
+        At or above the lower end of the row's interval, above its upper end, and the same for the
+        column's. torch compares ten times as fast when the output has the type of the inputs,
+        hence no bool here.
         """
         verdicts = self.bytes[:4, : scores.numel()].view(4, *scores.shape)
         questions = (
-            (torch.gt, by_row[1]),
             (torch.ge, by_row[0]),
-            (torch.gt, by_column[1]),
+            (torch.gt, by_row[1]),
             (torch.ge, by_column[0]),
+            (torch.gt, by_column[1]),
         )
         for verdict, (question, end) in zip(verdicts, questions, strict=True):
             if scores.dtype == torch.int8:
@@ -253,6 +315,13 @@ def _nonzero_bytes(words: Tensor) -> Tensor:
     return place[word] * 8 + byte
 
 
+def rescoring_bound(speech: Tensor) -> float:
+    """Times the two norms, how far a sampled product can be from the defined score."""
+    dimensions = speech.shape[1]
+    in_float32 = speech.dtype != torch.float64
+    return float64_bound(dimensions) + ((dimensions + 16) * 2.0**-22 if in_float32 else 0.0)
+
+
 def _rescore(
     speech: Tensor,
     image: Tensor,
@@ -264,14 +333,17 @@ def _rescore(
 ) -> Tensor:
     """Scores float64 [P] that compare with both thresholds as the defined scores do.
 
-    Pairs (row, column) come row by row. A sampled float64 product serves all but those within
-    `error` [P] of a threshold, where even its rounding could decide.
+    Pairs (row, column) come row by row. A sampled product in float32 (float64 for float64 inputs)
+    serves all but those within `error` [P] of a threshold, where its rounding could decide.
     """
+    wide = torch.promote_types(speech.dtype, torch.float32)
     ends = torch.bincount(row, minlength=len(speech)).cumsum(0)
     begin = torch.nn.functional.pad(ends, (1, 0))
-    zeros, shape = torch.zeros_like(by_row), (len(speech), len(image))
+    zeros, shape = torch.zeros(len(row), dtype=wide), (len(speech), len(image))
     pairs = torch.sparse_csr_tensor(begin, column, zeros, shape)
-    scores = torch.sparse.sampled_addmm(pairs, speech, image.T, beta=0.0).values()
+    sampled = torch.sparse.sampled_addmm(pairs, speech.to(wide), image.to(wide).T, beta=0.0)
+    scores = sampled.values().double()
+    error = error + speech.shape[1] * 2.0**-120  # underflow
     near = (scores - by_row).abs() <= error
     near |= (scores - by_column).abs() <= error
     close = near.nonzero()[:, 0]

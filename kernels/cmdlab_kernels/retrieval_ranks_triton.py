@@ -183,7 +183,7 @@ def _count(
 ) -> Counts | None:
     """The counts, or None where more pairs are in doubt than the precision is worth."""
     n, m = len(speech), len(image)
-    low_speech = round_rows(speech, precision.dtype, multiple=DEPTH[precision.dtype])
+    low_speech = round_rows(speech, precision.dtype, multiple=DEPTH[precision.dtype], clip=True)
     low_image = round_rows(image, precision.dtype, multiple=DEPTH[precision.dtype])
     speech_ends = _ends(speech_threshold, low_speech, low_image)
     image_ends = _ends(image_threshold, low_image, low_speech)

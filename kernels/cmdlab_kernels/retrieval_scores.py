@@ -116,6 +116,14 @@ class Counts:
         self.image_greater[columns] += (scores > by_column).sum(0)
         self.image_equal[columns] += (scores == by_column).sum(0)
 
+    def add_rows(self, rows: Tensor, part: Counts) -> None:
+        """Add what was counted for the captions `rows` [n], and take its path."""
+        self.path = part.path
+        self.speech_greater[rows] += part.speech_greater
+        self.speech_equal[rows] += part.speech_equal
+        self.image_greater += part.image_greater
+        self.image_equal += part.image_equal
+
 
 def count_exact(
     speech: Tensor,

@@ -162,6 +162,27 @@ def test_little_in_doubt_keeps_the_fastest_precision_and_much_gives_it_up():
     assert retrieval_ranks(same.expand(300, -1), same.expand(100, -1), *ids).path == "exact"
 
 
+def test_captions_that_need_different_precisions_make_one_result(monkeypatch):
+    """A third of them sharp, a third untrained, a third collapsed."""
+    generator = torch.Generator().manual_seed(0)
+    speech, image = trained(generator, 900, 300, 64)
+    speech[1::3] = normal(generator, 300, 64)
+    speech[2::3] = image[0]
+    image[100:] = image[100]
+    inputs = speech, image, torch.arange(900) % 300, torch.arange(300)
+    passes, count = [], retrieval_ranks_cpu._count
+
+    def spy(precision, speech, image, chosen, *rest):
+        passes.append(len(chosen))
+        return count(precision, speech, image, chosen, *rest)
+
+    monkeypatch.setattr(retrieval_ranks_cpu, "_count", spy)
+    result = retrieval_ranks(*inputs)
+    assert [getattr(result, field).tolist() for field in FIELDS] == brute_force(*inputs)
+    assert result.path == "exact"
+    assert 0 < passes[0] < 900
+
+
 def test_tiles_of_any_size_and_padding_give_the_same_counts(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     speech, image = small_integers(generator, 300, 77, 9)
