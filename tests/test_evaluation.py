@@ -1,0 +1,226 @@
+"""Ranks and metrics: known by hand, counted by brute force, and as other libraries have them."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import rankdata
+
+from cmdlab.errors import InputError
+from cmdlab.evaluation import RankTable, evaluate_file, rank_table, retrieval_metrics
+
+DIRECTIONS = ("speech_to_image", "image_to_speech")
+
+# Scores of 8 captions (rows; two of each image in turn) against 4 images (columns).
+SCORES = np.array(
+    [
+        [9, 1, 2, 4],  # rank 1
+        [4, 8, 2, 1],  # image 1 is above: 2
+        [1, 7, 2, 3],  # 1
+        [6, 5, 5, 1],  # image 0 is above, image 2 ties: 3, or 2 when ties are forgiven
+        [3, 3, 3, 3],  # three ties: 4, or 1
+        [0, 1, 6, 2],  # 1
+        [5, 6, 7, 4],  # 4
+        [2, 0, 1, 3],  # 1
+    ]
+)
+OWNER = np.repeat(np.arange(4), 2)
+# Best own caption against the others, by column: 9 (rank 1); 7, with an 8 above (2);
+# 6, with a 7 above (2); 4, with another 4 (2, or 1).
+
+
+def test_known_recalls_in_both_directions():
+    table = rank_table(SCORES, np.eye(4), OWNER, np.arange(4))
+    assert table.ranks("speech_to_image").tolist() == [1, 2, 1, 3, 4, 1, 4, 1]
+    assert table.ranks("image_to_speech").tolist() == [1, 2, 2, 2]
+    assert retrieval_metrics(table) == {
+        "speech_to_image": {
+            "R@1": 50.0,
+            "R@5": 100.0,
+            "R@10": 100.0,
+            "optimistic_R@1": 62.5,
+            "median_rank": 1.5,
+            "MRR": pytest.approx((4 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 4) / 8),
+            "queries": 8,
+            "gallery": 4,
+        },
+        "image_to_speech": {
+            "R@1": 25.0,
+            "R@5": 100.0,
+            "R@10": 100.0,
+            "optimistic_R@1": 50.0,
+            "median_rank": 2.0,
+            "MRR": 0.625,
+            "queries": 4,
+            "gallery": 8,
+        },
+        "mean_R@1": 37.5,
+    }
+
+
+def test_recall_at_5_and_10_are_cut_off_where_they_say():
+    # Caption i scores images 0 to 11 by their number: its own image i has rank 12 - i.
+    table = rank_table(np.ones((12, 1)), np.arange(12.0)[:, None], np.arange(12), np.arange(12))
+    metrics = retrieval_metrics(table)["speech_to_image"]
+    assert metrics["R@1"] == pytest.approx(100 / 12)
+    assert metrics["R@5"] == pytest.approx(500 / 12)
+    assert metrics["R@10"] == pytest.approx(1000 / 12)
+
+
+def test_constant_embeddings_find_nothing():
+    table = rank_table(np.ones((15, 4)), np.ones((3, 4)), np.arange(15) % 3, np.arange(3))
+    metrics = retrieval_metrics(table)
+    for direction in DIRECTIONS:
+        assert metrics[direction]["R@1"] == 0
+        assert metrics[direction]["optimistic_R@1"] == 100
+    assert metrics["mean_R@1"] == 0
+    assert table.ranks("speech_to_image").tolist() == [3] * 15
+    assert table.ranks("image_to_speech").tolist() == [11] * 3  # its other captions are left out
+
+
+def test_separable_embeddings_find_everything():
+    metrics = retrieval_metrics(
+        rank_table(np.eye(6)[np.arange(18) % 6], np.eye(6), np.arange(18) % 6, np.arange(6))
+    )
+    assert metrics["mean_R@1"] == 100
+    assert metrics["image_to_speech"]["MRR"] == 1
+
+
+@st.composite
+def galleries(draw):
+    """Small-integer embeddings, full of ties; images of 1 to 7 captions, captions in any order."""
+    captions_of = draw(st.lists(st.integers(1, 7), min_size=1, max_size=6))
+    dimensions = draw(st.integers(1, 4))
+    owner = draw(st.permutations(np.repeat(np.arange(len(captions_of)), captions_of).tolist()))
+    rows = st.lists(st.integers(-2, 2), min_size=dimensions, max_size=dimensions)
+    speech = draw(st.lists(rows, min_size=len(owner), max_size=len(owner)))
+    image = draw(st.lists(rows, min_size=len(captions_of), max_size=len(captions_of)))
+    return np.array(speech, np.float32), np.array(image, np.float32), np.array(owner)
+
+
+def brute_force_ranks(speech, image, owner):
+    scores = speech.astype(np.float64) @ image.astype(np.float64).T
+    speech_ranks = [
+        1 + sum(scores[i, j] >= scores[i, own] for j in range(len(image)) if j != own)
+        for i, own in enumerate(owner)
+    ]
+    image_ranks = []
+    for j in range(len(image)):
+        best = max(scores[i, j] for i in range(len(speech)) if owner[i] == j)
+        others = [scores[i, j] for i in range(len(speech)) if owner[i] != j]
+        image_ranks.append(1 + sum(score >= best for score in others))
+    return speech_ranks, image_ranks
+
+
+@settings(max_examples=60, deadline=None)
+@given(galleries())
+def test_ranks_are_those_of_brute_force(gallery):
+    speech, image, owner = gallery
+    table = rank_table(speech, image, owner, np.arange(len(image)))
+    speech_ranks, image_ranks = brute_force_ranks(speech, image, owner)
+    assert table.ranks("speech_to_image").tolist() == speech_ranks
+    assert table.ranks("image_to_speech").tolist() == image_ranks
+    metrics = retrieval_metrics(table)
+    for direction in DIRECTIONS:
+        part = metrics[direction]
+        assert part["R@1"] <= part["optimistic_R@1"]
+        assert part["R@1"] <= part["R@5"] <= part["R@10"]
+        assert part["R@1"] / 100 <= part["MRR"] <= 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(galleries(), st.randoms(use_true_random=False))
+def test_neither_order_nor_names_change_the_metrics(gallery, random):
+    speech, image, owner = gallery
+    captions, images = list(range(len(speech))), list(range(len(image)))
+    random.shuffle(captions)
+    random.shuffle(images)
+    names = np.array([f"photo {17 * j}.jpg" for j in range(len(image))])
+    expected = retrieval_metrics(rank_table(speech, image, owner, np.arange(len(image))))
+    shuffled = rank_table(speech[captions], image[images], names[owner][captions], names[images])
+    found = retrieval_metrics(shuffled)
+    for direction in DIRECTIONS:  # a mean in another order may differ in its last bit
+        assert found[direction] == pytest.approx(expected[direction], rel=1e-12)
+    np.testing.assert_array_equal(np.array(images)[shuffled.speech_image], owner[captions])
+
+
+def test_agrees_with_torchmetrics_and_scipy():
+    from torchmetrics.retrieval import RetrievalHitRate, RetrievalMRR
+
+    generator = np.random.default_rng(0)
+    owner = np.repeat(np.arange(12), generator.integers(1, 8, size=12))
+    image = generator.normal(size=(12, 6))
+    speech = image[owner] + generator.normal(size=(len(owner), 6))
+    table = rank_table(speech, image, owner, np.arange(12))
+    metrics = retrieval_metrics(table)
+    scores = torch.from_numpy(speech @ image.T)
+    relevant = torch.from_numpy(owner)[:, None] == torch.arange(12)
+
+    queries = torch.arange(len(owner))[:, None].expand_as(scores)
+    for cutoff in (1, 5, 10):
+        rate = RetrievalHitRate(top_k=cutoff)(scores, relevant, indexes=queries)
+        assert metrics["speech_to_image"][f"R@{cutoff}"] == pytest.approx(100 * float(rate))
+        rate = RetrievalHitRate(top_k=cutoff)(scores.T, relevant.T, indexes=queries_of(scores.T))
+        assert metrics["image_to_speech"][f"R@{cutoff}"] == pytest.approx(100 * float(rate))
+    reciprocal = RetrievalMRR()(scores.T, relevant.T, indexes=queries_of(scores.T))
+    assert metrics["image_to_speech"]["MRR"] == pytest.approx(float(reciprocal))
+
+    of_all_images = rankdata(-scores.numpy(), axis=1, method="max")
+    np.testing.assert_array_equal(
+        table.ranks("speech_to_image"), of_all_images[np.arange(len(owner)), owner]
+    )
+
+
+def queries_of(scores):
+    return torch.arange(len(scores))[:, None].expand_as(scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int8])
+def test_takes_tensors_of_any_real_type(dtype):
+    table = rank_table(
+        torch.from_numpy(SCORES).to(dtype), torch.eye(4), torch.from_numpy(OWNER), torch.arange(4)
+    )
+    assert table.ranks("speech_to_image").tolist() == [1, 2, 1, 3, 4, 1, 4, 1]
+
+
+def test_large_unsigned_ids_stay_apart():
+    # As float64, to which numpy promotes int64 with uint64, the two ids are one.
+    ids = np.array([2**62, 2**62 + 1], np.uint64)
+    table = rank_table(np.eye(2), np.eye(2), ids.astype(np.int64), ids)
+    assert retrieval_metrics(table)["mean_R@1"] == 100
+
+
+def test_a_table_is_read_as_it_was_saved(tmp_path):
+    table = rank_table(SCORES, np.eye(4), OWNER, np.arange(4))
+    table.save(tmp_path / "ranks.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["ranks.npz"]
+    assert retrieval_metrics(RankTable.load(tmp_path / "ranks.npz")) == retrieval_metrics(table)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"speech_greater": np.full(8, 4)},  # as many better images as there are images
+        {"image_equal": np.full(4, 7)},  # more tied captions than other images have
+        {"speech_equal": np.full(8, -1)},
+        {"speech_image": np.zeros(8, np.int64)},  # images without captions
+        {"speech_image": OWNER + 1},
+        {"image_greater": np.zeros(3, np.int64)},
+        {"speech_greater": np.zeros(8)},
+    ],
+)
+def test_a_table_that_no_gallery_can_give_is_refused(tmp_path, change):
+    path = tmp_path / "ranks.npz"
+    rank_table(SCORES, np.eye(4), OWNER, np.arange(4)).save(path)
+    np.savez(path, **(dict(np.load(path)) | change))
+    with pytest.raises(InputError, match=r"ranks\.npz: .*make the ranks again"):
+        RankTable.load(path)
+
+
+def test_evaluates_ids_that_are_file_names(tmp_path):
+    names = np.array(["d.jpg", "a.jpg", "c.jpg", "b.jpg"])
+    path = tmp_path / "mine.npz"
+    np.savez(path, speech=SCORES, image=np.eye(4), speech_image_id=names[OWNER], image_id=names)
+    for impl in ("auto", "reference"):
+        assert evaluate_file(path, impl=impl)["mean_R@1"] == 37.5
