@@ -97,7 +97,7 @@ def _size(
         row(
             "retrieval_ranks",
             name,
-            "one direction" if name in products else BOTH,
+            "one direction" if name in products or "100 captions" in name else BOTH,
             "bfloat16" if "bf16" in name else "float32",
             shape,
             "seconds",
