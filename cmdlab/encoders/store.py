@@ -1,0 +1,192 @@
+"""Features of a frozen encoder, computed once: ragged tokens in memory-mapped files.
+
+A store is a folder of chunks; a chunk is written aside and renamed when it is whole, so a store
+that was left half-built is completed by opening it again. Its name holds the hash of all that its
+content depends on: the encoder, the corpus, the split, how speech is degraded.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cmdlab.corpora.corpus import Caption, Corpus, Image
+from cmdlab.encoders import IMAGE, SPEECH, Hearing, encode, fingerprint
+from cmdlab.errors import InputError
+
+CHUNK = 250  # items
+
+
+class FeatureStore:
+    """The features of a corpus' captions or images, in the order of the corpus."""
+
+    def __init__(self, folder: Path, chunks: int) -> None:
+        loaded = [_load(folder / f"{i:05d}") for i in range(chunks)]
+        self._tokens = [tokens for tokens, _, _ in loaded]
+        self._starts = [np.concatenate(([0], np.cumsum(lengths))) for _, lengths, _ in loaded]
+        self.lengths = torch.from_numpy(np.concatenate([part[1] for part in loaded]))  # int64
+        embeddings = np.concatenate([part[2] for part in loaded])
+        self.embeddings = torch.from_numpy(embeddings)  # float32 [items, D]
+        self.layers, self.width = self._tokens[0].shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, items: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """float32 [items, layers, longest, width], zero where padded, and int64 lengths [items]."""
+        lengths = self.lengths[torch.as_tensor(items)]
+        padded = np.zeros(
+            (len(lengths), int(lengths.max()), self.layers, self.width), dtype=np.float16
+        )
+        for row, item in enumerate(items):
+            chunk, within = divmod(int(item), CHUNK)
+            start, end = self._starts[chunk][within : within + 2]
+            padded[row, : end - start] = self._tokens[chunk][start:end]
+        return torch.from_numpy(padded).float().transpose(1, 2).contiguous(), lengths
+
+
+@dataclass(frozen=True)
+class Features:
+    """One split, encoded. `image_index[i]` is the row in `image` of caption i's image."""
+
+    corpus: Corpus
+    speech: FeatureStore
+    image: FeatureStore
+    image_index: Tensor  # int64 [captions]
+
+
+def open_features(
+    corpus: Corpus, folder: Path, *, hearing: Hearing, workers: int | None = None
+) -> Features:
+    """The features of one split by the tiny encoders, computed where they are not there yet."""
+    row = {image.id: i for i, image in enumerate(corpus.images)}
+    return Features(
+        corpus,
+        open_store(corpus, SPEECH, folder, hearing=hearing, workers=workers),
+        open_store(corpus, IMAGE, folder, hearing=hearing, workers=workers),
+        torch.tensor([row[caption.image_id] for caption in corpus.captions]),
+    )
+
+
+def open_store(
+    corpus: Corpus,
+    encoder: str,
+    folder: Path,
+    *,
+    hearing: Hearing,
+    workers: int | None = None,
+) -> FeatureStore:
+    """The store of one encoder and split under `folder`: built, completed or just opened.
+
+    All cores work on it (`workers` processes otherwise), with a progress bar on standard error.
+    Raises InputError for a damaged chunk, and for media that cannot be read, naming it; what was
+    encoded before is kept.
+    """
+    identity = {
+        **fingerprint(encoder, hearing),
+        "corpus": corpus.content_hash,
+        "split": corpus.split,
+        "chunk": CHUNK,
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"{encoder}-{corpus.split}-{digest}"
+    items = corpus.images if encoder == IMAGE else corpus.captions
+    chunks = -(-len(items) // CHUNK)
+    missing = [i for i in range(chunks) if not (path / f"{i:05d}").is_dir()]
+    if missing:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "store.json").write_text(json.dumps(identity, indent=1) + "\n")
+        _build(path, encoder, items, missing, hearing, workers or os.cpu_count() or 1)
+    store = FeatureStore(path, chunks)
+    if len(store) != len(items):
+        raise InputError(
+            f"{path}: holds {len(store)} items, not {len(items)}; remove it, it is computed again"
+        )
+    return store
+
+
+def _build(
+    path: Path,
+    encoder: str,
+    items: Sequence[Caption] | Sequence[Image],
+    missing: list[int],
+    hearing: Hearing,
+    workers: int,
+) -> None:
+    parts = {i: items[i * CHUNK : (i + 1) * CHUNK] for i in missing}
+    done = len(items) - sum(map(len, parts.values()))
+    bar = tqdm(total=len(items), initial=done, desc=path.name[:-17], unit=" items", leave=False)
+    if len(parts) == 1:  # quicker done here than a process is started
+        threads = torch.get_num_threads()
+        _one_thread()
+        try:
+            with bar:
+                bar.update(_write_chunk(path, missing[0], encoder, parts[missing[0]], hearing))
+        finally:
+            torch.set_num_threads(threads)
+        return
+    pool = ProcessPoolExecutor(
+        min(workers, len(parts)), mp_context=get_context("spawn"), initializer=_one_thread
+    )
+    with bar:
+        try:
+            futures = [
+                pool.submit(_write_chunk, path, i, encoder, part, hearing)
+                for i, part in parts.items()
+            ]
+            for future in as_completed(futures):
+                bar.update(future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # each worker has a core to itself; and low bits depend on the number
+
+
+def _write_chunk(
+    path: Path,
+    chunk: int,
+    encoder: str,
+    items: Sequence[Caption] | Sequence[Image],
+    hearing: Hearing,
+) -> int:
+    encoded = encode(encoder, items, hearing)
+    aside = path / f"{chunk:05d}.{os.getpid()}.part"
+    aside.mkdir(exist_ok=True)
+    np.save(aside / "tokens.npy", np.concatenate([item.tokens for item in encoded]))
+    np.save(aside / "lengths.npy", np.array([len(item.tokens) for item in encoded], np.int64))
+    np.save(aside / "embeddings.npy", np.stack([item.embedding for item in encoded]))
+    try:
+        os.replace(aside, path / f"{chunk:05d}")
+    except OSError:  # another process wrote the same chunk meanwhile
+        if not (path / f"{chunk:05d}").is_dir():
+            raise
+        shutil.rmtree(aside)
+    return len(items)
+
+
+def _load(chunk: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A chunk's tokens [all tokens, layers, width], lengths [items] and embeddings [items, D]."""
+    try:
+        tokens, lengths, embeddings = (
+            np.load(chunk / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            for name in ("tokens", "lengths", "embeddings")
+        )
+        if tokens.ndim != 3 or len(tokens) != lengths.sum() or len(lengths) != len(embeddings):
+            raise ValueError("its files do not fit each other")
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise InputError(
+            f"{chunk}: is damaged ({error}); remove it, it is computed again"
+        ) from error
+    return tokens, lengths, embeddings

@@ -1,0 +1,187 @@
+"""Frozen features: the encoders that are shipped, and the store that keeps what they give."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Picture
+
+from cmdlab import encoders
+from cmdlab.corpora.corpus import Corpus, load_corpus
+from cmdlab.encoders import IMAGE, SPEECH, TEXT, Hearing, encode, fingerprint, store
+from cmdlab.encoders.store import open_store
+from cmdlab.errors import InputError
+
+HEARING = Hearing()
+ITEMS = 8
+FILES = ("tokens.npy", "lengths.npy", "embeddings.npy")
+
+
+@pytest.fixture(scope="module")
+def corpus(smoke_corpus: Path) -> Corpus:
+    """Eight images and eight captions of the smoke corpus."""
+    whole = load_corpus(smoke_corpus, "val")
+    return replace(whole, images=whole.images[:ITEMS], captions=whole.captions[:ITEMS])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_chunks() -> Iterator[None]:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(store, "CHUNK", 3)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def built(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of the eight images: two chunks of three, one of two."""
+    folder = tmp_path_factory.mktemp("built")
+    open_store(corpus, IMAGE, folder, hearing=HEARING, workers=2)
+    return folder
+
+
+@pytest.fixture
+def copied(built: Path, tmp_path: Path) -> Path:
+    """A copy of it to damage."""
+    shutil.copytree(built, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def chunk(folder: Path, number: int) -> Path:
+    return next(folder.glob(f"{IMAGE}-*")) / f"{number:05d}"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.npy")}
+
+
+def test_the_store_gives_what_the_encoder_gave(built, corpus):
+    features = open_store(corpus, IMAGE, built, hearing=HEARING)
+    assert len(features) == ITEMS
+    torch.set_num_threads(1)
+    parts = [encode(IMAGE, corpus.images[i : i + 3], HEARING) for i in (0, 3, 6)]
+    encoded = [item for part in parts for item in part]
+    tokens, lengths = features.tokens([7, 0, 3])  # of three chunks, in another order
+    assert tokens.shape == (3, 1, 64, 128)
+    assert lengths.tolist() == [64] * 3
+    for row, item in zip(tokens, (7, 0, 3), strict=True):
+        assert (row.numpy() == encoded[item].tokens.transpose(1, 0, 2)).all()
+    assert (features.embeddings.numpy() == np.stack([one.embedding for one in encoded])).all()
+    assert features.embeddings.norm(dim=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_speech_is_ragged_and_the_same_for_any_number_of_workers(corpus, tmp_path):
+    one = open_store(corpus, SPEECH, tmp_path / "one", hearing=HEARING, workers=1)
+    open_store(corpus, SPEECH, tmp_path / "two", hearing=HEARING, workers=2)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    tokens, lengths = one.tokens(range(ITEMS))
+    assert len(set(lengths.tolist())) > 1
+    assert tokens.shape == (ITEMS, one.layers, int(lengths.max()), one.width)
+    for row, length in zip(tokens, lengths.tolist(), strict=True):
+        assert (row[:, length:] == 0).all()
+        assert (row[:, :length] != 0).any(dim=(0, 2)).all()
+
+
+def test_a_half_built_store_is_completed(copied, corpus):
+    whole = content(copied)
+    shutil.rmtree(chunk(copied, 1))
+    leftover = chunk(copied, 1).with_name("00001.7.part")  # of a process that was killed
+    leftover.mkdir()
+    (leftover / "tokens.npy").write_bytes(b"half")
+    kept = chunk(copied, 0) / "tokens.npy"
+    written = kept.stat().st_mtime_ns
+    open_store(corpus, IMAGE, copied, hearing=HEARING, workers=2)
+    assert {name: data for name, data in content(copied).items() if ".part" not in name} == whole
+    assert kept.stat().st_mtime_ns == written
+
+
+def truncate(path: Path) -> None:
+    (path / "tokens.npy").write_bytes((path / "tokens.npy").read_bytes()[:-200])
+
+
+def shorten(path: Path) -> None:
+    np.save(path / "lengths.npy", np.load(path / "lengths.npy")[:-1])
+
+
+def take_out_an_item(path: Path) -> None:
+    for name in ("lengths.npy", "embeddings.npy"):
+        np.save(path / name, np.load(path / name)[:-1])
+    np.save(path / "tokens.npy", np.load(path / "tokens.npy")[:-64])
+
+
+def pickle(path: Path) -> None:
+    np.save(path / "embeddings.npy", np.array([{"a": 1}], object), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        shorten,
+        take_out_an_item,
+        pickle,
+        lambda path: (path / "tokens.npy").write_bytes(b""),
+        lambda path: (path / "lengths.npy").write_bytes(b"no array"),
+        lambda path: (path / "embeddings.npy").unlink(),
+    ],
+)
+def test_a_damaged_chunk_is_refused(copied, corpus, damage):
+    damage(chunk(copied, 1))
+    with pytest.raises(InputError, match="remove it, it is computed again") as refusal:
+        open_store(corpus, IMAGE, copied, hearing=HEARING)
+    assert str(refusal.value).startswith(str(chunk(copied, 1).parent))
+
+
+def test_what_was_encoded_before_a_bad_file_is_kept(corpus, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    images = (*corpus.images[:5], replace(corpus.images[5], path=bad))
+    with pytest.raises(InputError, match=r"bad\.png"):
+        open_store(replace(corpus, images=images), IMAGE, tmp_path, hearing=HEARING, workers=1)
+    assert (chunk(tmp_path, 0) / "tokens.npy").is_file()
+    assert not chunk(tmp_path, 1).exists()
+
+
+def test_another_corpus_split_or_encoder_has_another_store(built, copied, corpus):
+    folders = {path.name for path in copied.iterdir()}
+    others = replace(corpus, content_hash="f" * 64, images=corpus.images[:1])
+    open_store(others, IMAGE, copied, hearing=HEARING, workers=1)
+    new = {path.name for path in copied.iterdir()} - folders
+    assert len(new) == 1
+    open_store(corpus, IMAGE, copied, hearing=HEARING)
+    assert {path.name for path in copied.iterdir()} == folders | new
+
+
+def test_the_identity_changes_with_weights_and_hearing(tmp_path, monkeypatch):
+    clean = Hearing(snr_db=None, reverberation=False)
+    assert fingerprint(SPEECH, clean) != fingerprint(SPEECH, HEARING)
+    assert fingerprint(SPEECH, replace(HEARING, seed=1)) != fingerprint(SPEECH, HEARING)
+    assert fingerprint(IMAGE, clean) == fingerprint(IMAGE, HEARING)  # images are not heard
+    before = fingerprint(IMAGE, HEARING)
+    weights = (encoders.WEIGHTS / f"{IMAGE}.safetensors").read_bytes()
+    (tmp_path / f"{IMAGE}.safetensors").write_bytes(weights[:-1] + b"!")
+    monkeypatch.setattr(encoders, "WEIGHTS", tmp_path)
+    assert fingerprint(IMAGE, HEARING) != before
+
+
+def test_hearing_decides_what_is_heard(corpus):
+    captions = corpus.captions[:2]
+    noisy, again = (encode(SPEECH, captions, HEARING)[0].tokens for _ in range(2))
+    clean = encode(SPEECH, captions, Hearing(snr_db=None, reverberation=False))[0].tokens
+    assert (noisy == again).all()
+    assert noisy.shape == clean.shape
+    assert (noisy != clean).any()
+
+
+def test_what_cannot_be_encoded_is_refused(corpus, tmp_path):
+    with pytest.raises(InputError, match="no encoder 'clip'; there are tiny-image"):
+        encode("clip", corpus.images, HEARING)
+    Picture.new("RGB", (64, 32)).save(tmp_path / "flat.png")
+    with pytest.raises(InputError, match=r"flat\.png: tiny-image takes 64 × 64 .* not 64 × 32"):
+        encode(IMAGE, [replace(corpus.images[0], path=tmp_path / "flat.png")], HEARING)
+    with pytest.raises(InputError, match="does not know the word 'octopus'"):
+        encode(TEXT, [replace(corpus.captions[0], text="a red octopus")], HEARING)
