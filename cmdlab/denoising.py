@@ -1,0 +1,208 @@
+"""Cross-Modal Denoising (Zhou et al. 2024): a task beside contrastive training, never at retrieval.
+
+Some tokens of one modality are corrupted; the `Denoiser` restores them by attending to the clean
+tokens of the other. Only the corrupted places are computed. Which modality is corrupted, how and
+how much, what is to be restored and how the restoration is judged, are the study's axes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from cmdlab_kernels.denoising_attention import (
+    Projections,
+    cross_attention,
+    denoising_attention,
+    restoration_loss,
+)
+from cmdlab_kernels.info_nce import info_nce
+from torch import Tensor, nn
+
+from cmdlab.errors import InputError
+
+CHOICES = {
+    "direction": ("image", "speech", "both"),
+    "corruption": ("swap", "gaussian", "mask", "shuffle"),
+    "target": ("tokens", "pooled"),
+    "loss": ("normalised_mse", "cosine", "info_nce"),
+}
+NEGATIVES = 512  # corrupted places that the InfoNCE loss compares with each other
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """One point of the study's axes.
+
+    direction: the modality that is corrupted. corruption: a token is replaced by one of another
+    item of the batch ("swap"), by itself with noise of its own standard deviation ("gaussian"), by
+    a learnt token ("mask"), or by another one of the same item ("shuffle"); where there is no other
+    one it stays. rate: the fraction of an item's tokens. target: the clean "tokens" at those
+    places, or the item's mean token ("pooled"). depth: the number of cross-attentions. The defaults
+    are the study's base arm.
+    """
+
+    direction: str = "image"
+    corruption: str = "swap"
+    rate: float = 0.3
+    target: str = "tokens"
+    loss: str = "normalised_mse"
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name}: {getattr(self, name)!r} is none of {', '.join(choices)}")
+        if not 0 < self.rate <= 1:
+            raise InputError(f"rate: {self.rate} does not lie in (0, 1]")
+        if self.depth < 1:
+            raise InputError(f"depth: {self.depth} is not at least 1")
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """P corrupted places over a batch; the query at place p is `table[index[p]]`."""
+
+    item: Tensor  # int64 [P], never decreasing
+    place: Tensor  # int64 [P]
+    table: Tensor  # [S, width]
+    index: Tensor  # int64 [P]
+
+
+class Denoiser(nn.Module):
+    """Restores corrupted tokens of one modality by cross-attention to the other's.
+
+    width, context_width: of the tokens of either side; longest: how many of the corrupted side's
+    places have a position of their own (later ones share the last).
+    """
+
+    def __init__(
+        self, settings: Denoising, width: int, context_width: int, longest: int, heads: int = 4
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.heads = heads
+        self.position = nn.Parameter(0.02 * torch.randn(longest, width))
+        self.mask = nn.Parameter(0.02 * torch.randn(1, width))
+        self.query = _weights(width, width, settings.depth)
+        self.key_value = _weights(2 * width, context_width, settings.depth)
+        self.output = _weights(width, width, settings.depth)
+        self.feed_forward = nn.ModuleList(  # one between two cross-attentions
+            nn.Sequential(
+                nn.LayerNorm(width),
+                nn.Linear(width, 4 * width),
+                nn.GELU(),
+                nn.Linear(4 * width, width),
+            )
+            for _ in range(settings.depth - 1)
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        context: Tensor,
+        context_lengths: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """The restoration loss of a batch, 0-d.
+
+        tokens: [batch, T, width], clean, to be corrupted; context: [batch, K, context_width] of the
+        other modality; lengths: int64 [batch] of each. `generator` decides the corruption. The
+        targets take no gradient.
+        """
+        corrupted = corrupt(tokens, lengths, self.settings, self.mask, generator)
+        target, target_index = self._target(tokens, lengths, corrupted)
+        position = self.position
+        place = corrupted.place.clamp(max=len(position) - 1)
+        if self.settings.depth == 1 and self.settings.loss != "info_nce":
+            return denoising_attention(
+                corrupted.table,
+                corrupted.index,
+                position,
+                place,
+                corrupted.item,
+                context,
+                context_lengths,
+                self._projections(0),
+                self.heads,
+                target,
+                target_index,
+                loss=self.settings.loss,  # type: ignore[arg-type]
+            )
+        restored = corrupted.table[corrupted.index] + position[place]
+        for i in range(self.settings.depth):
+            restored = cross_attention(
+                restored, corrupted.item, context, context_lengths, self._projections(i), self.heads
+            )
+            if i < len(self.feed_forward):
+                restored = restored + self.feed_forward[i](restored)
+        if self.settings.loss != "info_nce":
+            return restoration_loss(restored, target, target_index, loss=self.settings.loss)  # type: ignore[arg-type]
+        chosen = torch.randperm(len(restored), generator=generator)[:NEGATIVES]
+        return info_nce(
+            nn.functional.normalize(restored[chosen], dim=-1),
+            nn.functional.normalize(target[target_index[chosen]], dim=-1),
+            target_index[chosen],
+            restored.new_tensor(10.0),
+        )
+
+    def _projections(self, i: int) -> Projections:
+        return Projections(self.query[i], self.key_value[i], self.output[i])
+
+    def _target(self, tokens: Tensor, lengths: Tensor, to: Corruption) -> tuple[Tensor, Tensor]:
+        """The table of clean features, without gradient, and each corrupted place's row in it."""
+        clean = tokens.detach()
+        if self.settings.target == "tokens":
+            return clean.flatten(0, 1), to.item * tokens.shape[1] + to.place
+        valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        total = clean.masked_fill(~valid[..., None], 0).sum(1)
+        return total / lengths.clamp(min=1)[:, None], to.item
+
+
+def _weights(outputs: int, inputs: int, count: int) -> nn.ParameterList:
+    """Weights of linear maps without bias, as `nn.Linear` initialises them."""
+    return nn.ParameterList(nn.Linear(inputs, outputs, bias=False).weight for _ in range(count))
+
+
+def corrupt(
+    tokens: Tensor,
+    lengths: Tensor,
+    settings: Denoising,
+    mask: Tensor,
+    generator: torch.Generator,
+) -> Corruption:
+    """Choose the places to corrupt and what is put there.
+
+    tokens: [batch, T, width]; lengths: int64 [batch]; mask: [1, width], for corruption "mask".
+    Of each item round(rate · length) places are chosen, at least one where it has any.
+    `generator` is a CPU generator, so the choice does not depend on the device.
+    """
+    batch, longest, width = tokens.shape
+    device = tokens.device
+    host_lengths = lengths.cpu()
+    valid = torch.arange(longest) < host_lengths[:, None]
+    order = torch.rand(batch, longest, generator=generator).masked_fill(~valid, 2.0)
+    count = (settings.rate * host_lengths).round().clamp(min=1).minimum(host_lengths)
+    chosen = order.argsort(1).argsort(1) < count[:, None]
+    item, place = chosen.nonzero(as_tuple=True)
+    flat = tokens.flatten(0, 1)
+    if settings.corruption == "mask":
+        table, index = mask, torch.zeros_like(item)
+    elif settings.corruption == "gaussian":
+        clean = flat[(item * longest + place).to(device)]
+        noise = torch.randn(len(item), width, generator=generator).to(device)
+        table = clean + noise * clean.std(-1, keepdim=True)
+        index = torch.arange(len(item))
+    else:
+        donor = item
+        if settings.corruption == "swap":
+            filled = host_lengths.nonzero().flatten()  # an item without tokens has none to give
+            row = (host_lengths > 0).cumsum(0)[item] - 1  # of `filled`
+            other = torch.randint(1, max(len(filled), 2), item.shape, generator=generator)
+            donor = filled[(row + other) % len(filled)]
+            at = (torch.rand(item.shape, generator=generator) * host_lengths[donor]).long()
+        else:
+            others = host_lengths[item] - 1
+            step = (torch.rand(item.shape, generator=generator) * others).long()
+            at = (place + 1 + step) % (others + 1)
+        table, index = flat, donor * longest + at
+    return Corruption(item.to(device), place.to(device), table, index.to(device))

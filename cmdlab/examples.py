@@ -1,0 +1,102 @@
+"""Chooses example queries of a run and writes what a report needs to show them.
+
+The random ones are chosen by a fixed seed, the same for every arm; the failures are the worst.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from PIL import Image as Picture
+
+from cmdlab.alignment import word_maps
+from cmdlab.corpora.audio import SAMPLE_RATE, read_audio
+from cmdlab.corpora.images import read_image
+from cmdlab.encoders.tiny import IMAGE_GRID
+from cmdlab.evaluation import RankTable
+from cmdlab.experiment import Data
+from cmdlab.model import RetrievalModel
+from cmdlab.records import write_json
+from cmdlab.training import embed
+
+RANDOM, FAILURES, TOP = 8, 8, 5
+CHOICE_SEED = 20_24
+LONGEST = 4.0  # seconds of a clip
+
+
+def write_examples(data: Data, model: RetrievalModel, run_folder: Path) -> None:
+    """Write examples.json and examples/ (mp3 clips, png pictures) into the run's folder."""
+    model.eval()
+    speech, image = embed(model, data.test, "cpu")
+    ranks = RankTable.load(run_folder / "ranks.npz").ranks("speech_to_image")
+    chosen = np.random.default_rng(CHOICE_SEED).choice(
+        len(ranks), min(RANDOM, len(ranks)), replace=False
+    )
+    worst = [i for i in np.argsort(-ranks, kind="stable") if i not in chosen][:FAILURES]
+    (run_folder / "examples").mkdir(exist_ok=True)
+    queries = [
+        _query(data, model, run_folder, kind, int(caption), int(ranks[caption]), speech, image)
+        for kind, captions in (("random", chosen), ("failure", worst))
+        for caption in captions
+    ]
+    write_json(run_folder / "examples.json", {"queries": queries})
+
+
+def _query(
+    data: Data,
+    model: RetrievalModel,
+    run_folder: Path,
+    kind: str,
+    index: int,
+    rank: int,
+    speech: torch.Tensor,
+    image: torch.Tensor,
+) -> dict[str, Any]:
+    corpus = data.test.corpus
+    caption = corpus.captions[index]
+    clip = f"examples/caption-{index:05d}.mp3"
+    waveform = read_audio(caption.audio)[: int(LONGEST * SAMPLE_RATE)]
+    aside = run_folder / f"{clip}.part"
+    soundfile.write(aside, waveform, SAMPLE_RATE, format="MP3")
+    os.replace(aside, run_folder / clip)
+    scores = image @ speech[index]
+    own = int(data.test.image_index[index])
+    best = scores.argsort(descending=True, stable=True)[:TOP].tolist()
+    top = [
+        {
+            "image_id": corpus.images[other].id,
+            "file": _picture(data, other, run_folder),
+            "score": float(scores[other]),
+            "correct": other == own,
+        }
+        for other in best
+    ]
+    query: dict[str, Any] = {
+        "kind": kind,
+        "caption_id": caption.id,
+        "text": caption.text,
+        "speaker": caption.speaker,
+        "audio": clip,
+        "rank": rank,
+        "image": _picture(data, own, run_folder),
+        "top": top,
+        "words": [],
+    }
+    if data.truth:
+        words = data.truth.words[index]
+        maps = word_maps(model, data.test, index, words)
+        query["words"] = [{"word": w.word, "start": w.start, "end": w.end} for w in words]
+        query["maps"] = {"rows": IMAGE_GRID, "columns": IMAGE_GRID, "values": maps.tolist()}
+    return query
+
+
+def _picture(data: Data, index: int, run_folder: Path) -> str:
+    file = f"examples/image-{index:05d}.png"
+    if not (run_folder / file).exists():
+        aside = run_folder / f"{file}.part"
+        Picture.fromarray(read_image(data.test.corpus.images[index].path)).save(aside, "PNG")
+        os.replace(aside, run_folder / file)
+    return file

@@ -1,0 +1,251 @@
+"""One experiment: from a corpus and a recipe to a run folder with model, ranks, result, examples.
+
+The notebook `train.ipynb` and `cmdlab train` both walk through these steps.
+"""
+
+import resource
+import statistics
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmdlab.alignment import foil_test, pointing_game
+from cmdlab.corpora.corpus import load_corpus
+from cmdlab.corpora.ground_truth import (
+    GroundTruth,
+    corpus_ceiling,
+    read_foils,
+    read_ground_truth,
+)
+from cmdlab.denoising import Denoising
+from cmdlab.encoders import IMAGE, SPEECH, TEXT, Hearing, fingerprint
+from cmdlab.encoders.store import Features, FeatureStore, open_features, open_store
+from cmdlab.errors import InputError
+from cmdlab.evaluation import rank_table, retrieval_metrics
+from cmdlab.model import RetrievalModel
+from cmdlab.records import write_json
+from cmdlab.training import Trained, Training, rank, train
+
+POINTED_CAPTIONS = 500  # of the test split, for the pointing game
+
+
+@dataclass(frozen=True)
+class Data:
+    """All that a run reads: three encoded splits, and what is known of the test split."""
+
+    train: Features
+    validation: Features
+    test: Features
+    test_text: FeatureStore | None  # embeddings of the captions' text; generated corpora only
+    truth: GroundTruth | None
+    foils: FeatureStore | None
+    caption_of_foil: list[int]
+    hearing: Hearing
+
+
+def open_data(
+    corpus: Path,
+    *,
+    features: Path | None = None,
+    hearing: Hearing | None = None,
+    workers: int | None = None,
+) -> Data:
+    """Load the three splits and encode what is not encoded yet.
+
+    features: the folder of the feature stores, by default `<corpus>.features` beside the corpus.
+    Raises InputError for a corpus that cannot be read.
+    """
+    folder = features or corpus.with_name(corpus.name + ".features")
+    hearing = hearing or Hearing()
+    options: dict[str, Any] = {"hearing": hearing, "workers": workers}
+    splits = {
+        split: open_features(load_corpus(corpus, split), folder, **options)
+        for split in ("train", "val", "test")
+    }
+    test = splits["test"].corpus
+    truth = read_ground_truth(test)
+    foils = read_foils(test)
+    row = {caption.id: i for i, caption in enumerate(test.captions)}
+    return Data(
+        splits["train"],
+        splits["val"],
+        splits["test"],
+        open_store(test, TEXT, folder, **options) if truth else None,
+        truth,
+        open_store(foils.corpus, SPEECH, folder, **options) if foils else None,
+        [row[caption] for caption in foils.of] if foils else [],
+        hearing,
+    )
+
+
+def run_experiment(
+    corpus: Path,
+    run_folder: Path,
+    *,
+    features: Path | None = None,
+    device: str = "auto",
+    **recipe: Any,
+) -> dict[str, Any]:
+    """Train one model and measure it; `recipe` changes fields of `Training` or `Denoising`.
+
+    A run that was stopped goes on from its checkpoint. Returns what result.json holds.
+    Raises InputError for a name that is no field of either.
+    """
+    make_deterministic()
+    names = {field.name for field in fields(Denoising)}
+    known = (names | {field.name for field in fields(Training)}) - {"denoising"}
+    for name in recipe:
+        if name not in known:
+            raise InputError(f"no parameter {name!r}; there are {', '.join(sorted(known))}")
+    denoising = Denoising(**{name: recipe.pop(name) for name in names & set(recipe)})
+    training = Training(denoising=denoising, **recipe)
+    device = pick_device(device)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = run_folder / "checkpoint.pt"
+    data = open_data(corpus, features=features)
+    trained = train(training, data.train, data.validation, device=device, checkpoint=checkpoint)
+    result = measure(data, trained, training, run_folder, device=device)
+    checkpoint.unlink()
+    return result
+
+
+def pick_device(device: str) -> str:
+    """ "auto" is a GPU where there is one. Raises InputError for a device that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device: {device} is not there; use cpu")
+    return device
+
+
+def measure(
+    data: Data,
+    trained: Trained,
+    training: Training,
+    run_folder: Path,
+    *,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Evaluate on both held-out splits and write ranks.npz, model/ and, last, result.json.
+
+    Returns what result.json holds; `records.py` says what that is. Leaves the model on the CPU.
+    """
+    model = trained.model
+    table = rank(model, data.test, device)
+    table.save(run_folder / "ranks.npz")
+    validation = rank(model, data.validation, device)
+    model.cpu().eval()
+    model.save_pretrained(run_folder / "model")
+    corpus = data.test.corpus
+    result = {
+        "metrics": {
+            "validation": retrieval_metrics(validation),
+            "test": retrieval_metrics(table),
+        },
+        "ceiling": (
+            corpus_ceiling(data.truth, data.test.image_index.tolist()) if data.truth else None
+        ),
+        "text_ceiling": text_ceiling(data),
+        "learning_curve": trained.curve,
+        "cost": {
+            "trainable_parameters": _count(model) + _count(trained.denoisers),
+            "denoiser_parameters": _count(trained.denoisers),
+            "inference_parameters": _count(model),
+            **inference_cost(model, data.test),
+            "training_seconds": trained.seconds,
+            "steps": training.steps,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        },
+        "alignment": (
+            {
+                "pointing": pointing_game(model, data.test, data.truth, _pointed(data)),
+                "foil": (
+                    foil_test(model, data.test, data.foils, data.caption_of_foil)
+                    if data.foils
+                    else None
+                ),
+            }
+            if data.truth
+            else None
+        ),
+        "corpus": {
+            "name": corpus.name,
+            "content_hash": corpus.content_hash,
+            "gallery": len(corpus.images),
+            "captions": len(corpus.captions),
+        },
+        "encoders": {
+            "image": {"name": IMAGE, "sha256": fingerprint(IMAGE, data.hearing)["weights"]},
+            "speech": {"name": SPEECH, "sha256": fingerprint(SPEECH, data.hearing)["weights"]},
+        },
+        "determinism": {
+            "seed": training.seed,
+            "threads": torch.get_num_threads(),
+            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        },
+    }
+    write_json(run_folder / "settings.json", asdict(training))
+    write_json(run_folder / "result.json", result)
+    return result
+
+
+def text_ceiling(data: Data) -> dict[str, Any] | None:
+    """Retrieval by the captions' text, with the frozen image encoder's own text encoder."""
+    if data.test_text is None:
+        return None
+    images = torch.arange(len(data.test.image))
+    metrics = retrieval_metrics(
+        rank_table(
+            data.test_text.embeddings, data.test.image.embeddings, data.test.image_index, images
+        )
+    )
+    kept = ("R@1", "R@5", "R@10")
+    return {
+        "speech_to_image": {name: metrics["speech_to_image"][name] for name in kept},
+        "image_to_speech": {name: metrics["image_to_speech"][name] for name in kept},
+        "mean_R@1": metrics["mean_R@1"],
+    }
+
+
+def inference_cost(model: RetrievalModel, features: Features) -> dict[str, float]:
+    """What the retrieval head costs for one caption of median length: FLOPs, and ms on this CPU.
+
+    The frozen encoders come on top; they are the same for every arm.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    median = int(features.speech.lengths.median())
+    shape = (1, features.speech.layers, median, features.speech.width)
+    states = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([median])
+    products = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with products, FlopCounterMode(display=False) as counter:  # without gradients torch takes a
+        model.speech_head(states, lengths)  # fused layer, whose products the counter cannot see
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(30):
+            started = time.perf_counter()
+            model.speech_head(states, lengths)
+            seconds.append(time.perf_counter() - started)
+    return {
+        "inference_flops": counter.get_total_flops(),
+        "inference_ms": 1e3 * statistics.median(seconds),
+    }
+
+
+def _pointed(data: Data) -> range:
+    return range(min(POINTED_CAPTIONS, len(data.test.speech)))
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def make_deterministic() -> None:
+    """One thread, since the number of threads decides the order of sums; no nondeterministic
+    algorithm."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)

@@ -1,0 +1,168 @@
+"""The retrieval model: what is trained, and used at retrieval time, on top of the frozen encoders.
+
+Nothing here knows of denoising: a model trained with it and one trained without are the same.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cmdlab.errors import InputError
+
+GROUP = 32  # captions that the speech head computes together on a CPU
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a `RetrievalModel`, and which of two image heads it has."""
+
+    speech_layers: int  # states of the frozen speech encoder
+    speech_width: int
+    image_width: int  # of a patch token
+    embedding: int  # of the shared space
+    heads: int = 4
+    image_head: str = "global"  # or "patches"
+
+
+class SpeechHead(nn.Module):
+    """Frame tokens of every encoder layer → contextual tokens → one embedding.
+
+    As in SpeechCLIP's parallel head (Shih et al. 2022), a softmax-weighted sum of the layers goes
+    through one transformer layer. Its [CLS] token is left out: after a single layer it has read
+    the frozen tokens alone. The embedding is a weighted mean of the contextual tokens instead, as
+    an image's is of its patches.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        width = shape.speech_width
+        self.layer_weights = nn.Parameter(torch.zeros(shape.speech_layers))
+        self.transformer = nn.TransformerEncoderLayer(
+            width,
+            shape.heads,
+            4 * width,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.norm = nn.LayerNorm(width)
+        self.importance = nn.Linear(width, 1, bias=False)
+        self.projection = nn.Linear(width, shape.embedding)
+
+    def forward(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """states: [batch, layers, tokens, width], lengths: int64 [batch], at least 1.
+
+        Returns tokens [batch, tokens, width], zero beyond the lengths, and embeddings
+        [batch, embedding] of unit norm. What stands beyond a length has no part in either.
+        """
+        # Half of a batch is padding, so on a CPU captions of like length are computed together.
+        on_cpu = states.device.type == "cpu"
+        tokens = states.new_zeros(len(states), states.shape[2], states.shape[3])
+        embeddings = states.new_zeros(len(states), self.projection.out_features)
+        for items in lengths.argsort(stable=True).split(GROUP if on_cpu else len(states)):
+            longest = int(lengths[items].max()) if on_cpu else states.shape[2]
+            found = self._encode(states[items, :, :longest], lengths[items])
+            tokens[items, :longest], embeddings[items] = found
+        return tokens, embeddings
+
+    def _encode(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        padding = torch.arange(states.shape[2], device=states.device) >= lengths[:, None]
+        states = states.masked_fill(padding[:, None, :, None], 0)
+        x = torch.einsum("l,bltd->btd", self.layer_weights.softmax(0), states)
+        x = self.norm(self.transformer(x, src_key_padding_mask=padding))
+        x = x.masked_fill(padding[..., None], 0)
+        weights = self.importance(x).masked_fill(padding[..., None], -torch.inf).softmax(1)
+        pooled = self.projection((weights * x).sum(1))
+        return x, nn.functional.normalize(pooled, dim=-1)
+
+
+class ImageHead(nn.Module):
+    """The frozen encoder's global embedding as it is, or a light head that pools its patches."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        if shape.image_head not in ("global", "patches"):
+            raise InputError(f"image_head: {shape.image_head!r} is neither 'global' nor 'patches'")
+        self.pools_patches = shape.image_head == "patches"
+        if self.pools_patches:
+            width = shape.image_width
+            self.mix = nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)
+            )
+            self.importance = nn.Linear(width, 1)
+            self.projection = nn.Linear(width, shape.embedding)
+
+    def forward(self, patches: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """patches: [batch, patches, width]; embedding: [batch, embedding], the frozen one.
+
+        Returns tokens [batch, patches, width] and embeddings [batch, embedding] of unit norm.
+        """
+        if not self.pools_patches:
+            return patches, embedding
+        tokens = patches + self.mix(patches)
+        pooled = (self.importance(tokens).softmax(1) * self.projection(tokens)).sum(1)
+        return tokens, nn.functional.normalize(embedding + pooled, dim=-1)
+
+
+class RetrievalModel(nn.Module):
+    """Both heads and the temperature of their contrastive training."""
+
+    MAX_SCALE = 100.0  # the bound of 1 / temperature, as CLIP has it
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.speech_head = SpeechHead(shape)
+        self.image_head = ImageHead(shape)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @property
+    def scale(self) -> Tensor:
+        """1 / temperature, 0-d, at most MAX_SCALE."""
+        return self.log_scale.exp().clamp(max=self.MAX_SCALE)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `model.safetensors` and `model.json`."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = folder / "model.safetensors"
+        save_file(
+            {name: value.contiguous() for name, value in self.state_dict().items()},
+            weights.with_suffix(".part"),
+        )
+        os.replace(weights.with_suffix(".part"), weights)
+        sizes = folder / "model.json"
+        sizes.with_suffix(".part").write_text(json.dumps(asdict(self.shape), indent=1) + "\n")
+        os.replace(sizes.with_suffix(".part"), sizes)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "RetrievalModel":
+        """Read what `save_pretrained` wrote. Raises InputError where the files do not fit."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            with torch.device("meta"):  # sizes that the weights do not have cost no memory
+                model = cls(Shape(**json.loads((folder / "model.json").read_text())))
+            model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            AssertionError,
+            ArithmeticError,
+            SafetensorError,
+        ) as error:
+            reason = str(error).split("\n")[0]
+            raise InputError(
+                f"{folder}: holds no retrieval model ({reason}); train it again"
+            ) from error
+        return model.float()

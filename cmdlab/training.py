@@ -1,0 +1,234 @@
+"""Trains a retrieval model on frozen features: contrastive, with or without denoising beside it.
+
+Everything random in a step is drawn from the seed and the step's number, so a run that was stopped
+continues to the very same weights (on a CPU, bit for bit), and two arms of one seed see the same
+batches from the same initial heads.
+"""
+
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cmdlab.denoising import Denoising
+from cmdlab.encoders.store import Features
+from cmdlab.errors import InputError
+from cmdlab.evaluation import RankTable, rank_table, retrieval_metrics
+from cmdlab.losses import Batch, make_denoisers, training_losses
+from cmdlab.model import RetrievalModel, Shape
+
+
+@dataclass(frozen=True)
+class Training:
+    """The recipe of a run. `weight` 0 is contrastive training alone: no denoiser is made."""
+
+    seed: int = 1
+    steps: int = 400
+    batch_size: int = 128
+    learning_rate: float = 1e-2
+    warm_up: int = 50  # steps; then linear decay to zero
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    image_head: str = "global"
+    validate_every: int = 100  # steps
+    weight: float = 0.0
+    denoising: Denoising = field(default_factory=Denoising)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "validate_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)} is not at least 1")
+        if self.seed < 0:
+            raise InputError(f"seed: {self.seed} is negative")
+        if not self.learning_rate > 0 or not self.weight >= 0:
+            raise InputError("learning_rate must be above 0, and weight must not be negative")
+
+
+@dataclass
+class Trained:
+    """A trained model, its learning curve and what the training cost."""
+
+    model: RetrievalModel
+    denoisers: nn.ModuleDict
+    curve: list[dict[str, Any]]
+    seconds: float  # of training steps, validation left out
+
+
+def train(
+    training: Training,
+    train_features: Features,
+    validation: Features,
+    *,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    stop_after: int | None = None,
+) -> Trained:
+    """Train for `training.steps` steps, with a progress bar on standard error.
+
+    With `checkpoint` the state is kept in that file at every validation, and a file that is there
+    is continued from. `stop_after` ends the run early, for tests of that.
+    Raises InputError for a checkpoint of another run, RuntimeError when the loss is not finite.
+    """
+    shape = Shape(
+        train_features.speech.layers,
+        train_features.speech.width,
+        train_features.image.width,
+        train_features.image.embeddings.shape[1],
+        image_head=training.image_head,
+    )
+    torch.manual_seed(training.seed)
+    model = RetrievalModel(shape).to(device)
+    patches = int(train_features.image.lengths.max())
+    torch.manual_seed(training.seed)  # the heads are the same whether there is a denoiser or not
+    denoisers = make_denoisers(training.denoising, shape, patches) if training.weight else None
+    trained = Trained(model, (denoisers or nn.ModuleDict()).to(device), [], 0.0)
+    parameters = [*model.parameters(), *trained.denoisers.parameters()]
+    optimiser = torch.optim.AdamW(
+        parameters, training.learning_rate, weight_decay=training.weight_decay
+    )
+    recipe = {**asdict(training), "corpus": train_features.corpus.content_hash}
+    first = 0
+    if checkpoint is not None and checkpoint.exists():
+        first = _load_checkpoint(checkpoint, recipe, trained, optimiser)
+    last = min(training.steps, stop_after or training.steps)
+    for step in tqdm(range(first, last), initial=first, total=last, desc="training", leave=False):
+        started = time.perf_counter()
+        for group in optimiser.param_groups:
+            group["lr"] = training.learning_rate * _schedule(step, training)
+        generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
+        batch = make_batch(
+            train_features, _captions_of_step(step, training, train_features), device
+        )
+        losses = training_losses(model, trained.denoisers, batch, training.weight, generator)
+        if not math.isfinite(losses.total.item()):
+            raise RuntimeError(
+                f"the loss became {losses.total.item()} at step {step}: "
+                "lower learning_rate or weight, or look for features that are not finite"
+            )
+        optimiser.zero_grad(set_to_none=True)
+        losses.total.backward()
+        nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
+        optimiser.step()
+        trained.seconds += time.perf_counter() - started
+        ends = step + 1 == training.steps
+        validates = (step + 1) % training.validate_every == 0 or ends
+        if validates or step % 10 == 0:
+            trained.curve.append(
+                {
+                    "step": step + 1,
+                    "loss": losses.total.item(),
+                    "contrastive": losses.contrastive.item(),
+                    "denoising": losses.denoising.item() if losses.denoising is not None else None,
+                    "temperature": 1 / model.scale.item(),
+                    "validation_mean_R@1": (
+                        retrieval_metrics(rank(model, validation, device))["mean_R@1"]
+                        if validates
+                        else None
+                    ),
+                }
+            )
+        if checkpoint is not None and validates:
+            _save_checkpoint(checkpoint, recipe, trained, optimiser, step + 1)
+    return trained
+
+
+def make_batch(features: Features, captions: Tensor, device: str) -> Batch:
+    """The captions (int64 [N], rows of `features.speech`) and their images, on the device."""
+    states, lengths = features.speech.tokens(captions.tolist())
+    images = features.image_index[captions]
+    patches, _ = features.image.tokens(images.tolist())
+    batch = Batch(states, lengths, patches[:, 0], features.image.embeddings[images], images)
+    return Batch(*(tensor.to(device) for tensor in batch))
+
+
+@torch.inference_mode()
+def embed(
+    model: RetrievalModel, features: Features, device: str, batch_size: int = 250
+) -> tuple[Tensor, Tensor]:
+    """Embeddings of every caption [N, D] and every image [M, D], float32 on the CPU."""
+    model.eval()
+    speech, image = [], []
+    for first in range(0, len(features.speech), batch_size):
+        rows = range(first, min(first + batch_size, len(features.speech)))
+        states, lengths = features.speech.tokens(rows)
+        speech.append(model.speech_head(states.to(device), lengths.to(device))[1].cpu())
+    for first in range(0, len(features.image), batch_size):
+        rows = range(first, min(first + batch_size, len(features.image)))
+        patches, _ = features.image.tokens(rows)
+        frozen = features.image.embeddings[first : first + batch_size]
+        image.append(model.image_head(patches[:, 0].to(device), frozen.to(device))[1].cpu())
+    model.train()
+    return torch.cat(speech), torch.cat(image)
+
+
+def rank(model: RetrievalModel, features: Features, device: str = "cpu") -> RankTable:
+    """The ranks of a whole split."""
+    speech, image = embed(model, features, device)
+    return rank_table(speech, image, features.image_index, torch.arange(len(image)))
+
+
+def _schedule(step: int, training: Training) -> float:
+    """Linear warm-up, then linear decay to zero."""
+    if step < training.warm_up:
+        return (step + 1) / training.warm_up
+    return (training.steps - step) / max(1, training.steps - training.warm_up)
+
+
+def _captions_of_step(step: int, training: Training, features: Features) -> Tensor:
+    """The captions of one batch: each epoch is a permutation; the rest of it is dropped."""
+    size = min(training.batch_size, len(features.speech))
+    epoch, within = divmod(step, len(features.speech) // size)
+    rng = np.random.default_rng([training.seed, epoch])
+    order = rng.permutation(len(features.speech))
+    return torch.from_numpy(order[within * size : (within + 1) * size])
+
+
+def _save_checkpoint(
+    path: Path,
+    recipe: dict[str, Any],
+    trained: Trained,
+    optimiser: torch.optim.Optimizer,
+    step: int,
+) -> None:
+    state = {
+        "recipe": recipe,
+        "step": step,
+        "model": trained.model.state_dict(),
+        "denoisers": trained.denoisers.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "curve": trained.curve,
+        "seconds": trained.seconds,
+    }
+    aside = path.with_name(f"{path.name}.part")
+    torch.save(state, aside)
+    os.replace(aside, path)
+
+
+def _load_checkpoint(
+    path: Path, recipe: dict[str, Any], trained: Trained, optimiser: torch.optim.Optimizer
+) -> int:
+    """Restore the state and return the step to go on with. Reads tensors and plain values only."""
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if state["recipe"] != recipe:
+            raise InputError(
+                f"{path}: is of a run with other settings or another corpus; remove it to start "
+                "anew"
+            )
+        trained.model.load_state_dict(state["model"])
+        trained.denoisers.load_state_dict(state["denoisers"])
+        optimiser.load_state_dict(state["optimiser"])
+        trained.curve, trained.seconds = state["curve"], state["seconds"]
+        return int(state["step"])
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged file makes torch raise
+        reason = str(error).split("\n")[0]
+        raise InputError(f"{path}: is no checkpoint ({reason}); remove it to start anew") from error

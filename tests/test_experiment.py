@@ -1,0 +1,163 @@
+"""An experiment from a corpus to a run's folder, and what its files hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmdlab.denoising import Denoising
+from cmdlab.errors import InputError
+from cmdlab.evaluation import RankTable, retrieval_metrics
+from cmdlab.examples import write_examples
+from cmdlab.experiment import inference_cost, pick_device, run_experiment
+from cmdlab.model import RetrievalModel, Shape
+from cmdlab.provenance import collect_provenance
+from cmdlab.records import SCHEMA, read_result, write_record
+from cmdlab.reporting.examples import map_blocks, queries_html, read_examples
+from cmdlab.reporting.study import read_study
+from cmdlab.training import Training, rank, train
+
+RECIPE = {"steps": 6, "batch_size": 32, "warm_up": 2, "validate_every": 3, "seed": 2}
+CMD = {"weight": 1.0, "direction": "both", "rate": 0.5}
+
+
+@pytest.fixture(scope="module")
+def runs(smoke_corpus, smoke_data, tmp_path_factory) -> dict[str, Path]:
+    """Both arms, trained for six steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    for arm, recipe in (("contrastive", {}), ("cmd", CMD)):
+        run_experiment(smoke_corpus, folder / arm, device="cpu", **RECIPE, **recipe)
+    return {"contrastive": folder / "contrastive", "cmd": folder / "cmd"}
+
+
+@pytest.mark.parametrize("arm", ["contrastive", "cmd"])
+def test_a_run_leaves_a_valid_result(runs, arm, smoke_data):
+    assert {path.name for path in runs[arm].iterdir()} >= {"ranks.npz", "model", "result.json"}
+    assert not (runs[arm] / "checkpoint.pt").exists()
+    result = read_result(runs[arm] / "result.json")
+    assert result["corpus"]["gallery"] == 20
+    assert result["corpus"]["captions"] == 100
+    assert result["corpus"]["content_hash"] == smoke_data.test.corpus.content_hash
+    assert result["cost"]["steps"] == 6
+    assert result["determinism"] == {"seed": 2, "threads": 1, "deterministic_algorithms": True}
+    assert [point["step"] for point in result["learning_curve"]] == [1, 3, 6]
+    assert result["alignment"]["foil"]["pairs"] == len(smoke_data.foils)
+    pointing = result["alignment"]["pointing"]
+    assert 0 <= pointing["hits"] <= pointing["words"] > 100
+    assert 0 < pointing["chance"] < 0.3
+
+
+def test_ranks_and_model_are_those_of_the_result(runs, smoke_data):
+    result = json.loads((runs["cmd"] / "result.json").read_text())
+    table = RankTable.load(runs["cmd"] / "ranks.npz")
+    assert retrieval_metrics(table) == result["metrics"]["test"]
+    model = RetrievalModel.from_pretrained(runs["cmd"] / "model").eval()
+    assert retrieval_metrics(rank(model, smoke_data.test)) == result["metrics"]["test"]
+    assert retrieval_metrics(rank(model, smoke_data.validation)) == result["metrics"]["validation"]
+
+
+def test_no_system_is_above_the_ceilings(runs):
+    result = json.loads((runs["cmd"] / "result.json").read_text())
+    ceiling = result["ceiling"]["speech_to_image"]
+    assert ceiling["R@1"] > 80
+    assert result["text_ceiling"]["speech_to_image"]["R@1"] <= ceiling["R@1"]
+    # The shipped image and text towers know the world: by chance it would be 5.
+    assert result["text_ceiling"]["speech_to_image"]["R@1"] > 25
+
+
+def test_cmd_costs_nothing_at_retrieval(runs):
+    plain, cmd = (
+        json.loads((runs[arm] / "result.json").read_text())["cost"]
+        for arm in ("contrastive", "cmd")
+    )
+    for name in ("inference_parameters", "inference_flops"):
+        assert plain[name] == cmd[name] > 0
+    assert plain["denoiser_parameters"] == 0
+    assert cmd["trainable_parameters"] == cmd["inference_parameters"] + cmd["denoiser_parameters"]
+    assert plain["trainable_parameters"] == plain["inference_parameters"]
+
+
+def test_flops_are_those_of_the_matrix_products(toy_features):
+    features = toy_features(images=6)
+    median = int(features.speech.lengths.median())
+    model = RetrievalModel(Shape(2, 16, 12, 8)).eval()
+    n, width = median + 1, 16  # tokens with [CLS]
+    products = 4 * n * width * width + 2 * n * n * width + 8 * n * width * width + width * 8
+    layers = 2 * median * width  # the weighted sum of two layers
+    found = inference_cost(model, features)
+    assert found["inference_flops"] == 2 * (products + layers)
+    assert found["inference_ms"] > 0
+
+
+def test_a_run_that_was_stopped_goes_on(runs, smoke_corpus, smoke_data, tmp_path):
+    weight = CMD["weight"]
+    denoising = Denoising(direction="both", rate=0.5)
+    training = Training(denoising=denoising, weight=weight, **RECIPE)
+    train(
+        training,
+        smoke_data.train,
+        smoke_data.validation,
+        checkpoint=tmp_path / "checkpoint.pt",
+        stop_after=4,
+    )
+    resumed = run_experiment(smoke_corpus, tmp_path, device="cpu", **RECIPE, **CMD)
+    whole = json.loads((runs["cmd"] / "result.json").read_text())
+    for key in ("metrics", "learning_curve", "alignment", "corpus", "encoders"):
+        assert resumed[key] == whole[key]
+    for file in ("ranks.npz", "model/model.safetensors"):
+        assert (tmp_path / file).read_bytes() == (runs["cmd"] / file).read_bytes()
+
+
+def test_the_report_reads_the_examples(runs, smoke_data):
+    for number, (arm, folder) in enumerate(runs.items()):
+        write_examples(smoke_data, RetrievalModel.from_pretrained(folder / "model"), folder)
+        sweep = {"schema": SCHEMA, "id": f"{number:016x}", "sweep": "s", "arm": arm, "seed": 2}
+        provenance = collect_provenance() | {"notebook_sha256": "0" * 64, "started": "2025-01-01"}
+        how = {"status": "ok", "parameters": RECIPE, "wall_seconds": 1.0, "provenance": provenance}
+        write_record(folder, read_result(folder / "result.json") | sweep | how)
+    study = read_study(list(runs.values()))
+    examples = read_examples(study)
+    folder = examples.run.folder
+    assert (len(examples.random), len(examples.failures), examples.left_out) == (8, 8, 0)
+    assert len(map_blocks(examples)) > 0
+    assert queries_html(study, examples, examples.random).count("<audio") == 8
+    ranks = RankTable.load(folder / "ranks.npz").ranks("speech_to_image")
+    row = {caption.id: i for i, caption in enumerate(smoke_data.test.corpus.captions)}
+    for query in [*examples.random, *examples.failures]:
+        index = row[query["caption_id"]]
+        assert query["rank"] == ranks[index]
+        assert [answer["correct"] for answer in query["top"]].count(True) == (query["rank"] <= 5)
+        scores = [answer["score"] for answer in query["top"]]
+        assert scores == sorted(scores, reverse=True)
+        assert " ".join(word["word"] for word in query["words"]) == query["text"]
+    failures = [query["rank"] for query in examples.failures]
+    assert failures == sorted(failures, reverse=True)
+    shown = {query["caption_id"] for query in [*examples.random, *examples.failures]}
+    assert len(shown) == 16
+
+
+def test_the_same_random_examples_for_every_arm(runs, smoke_data):
+    chosen = []
+    for folder in runs.values():
+        write_examples(smoke_data, RetrievalModel.from_pretrained(folder / "model"), folder)
+        queries = json.loads((folder / "examples.json").read_text())["queries"]
+        chosen.append([q["caption_id"] for q in queries if q["kind"] == "random"])
+    assert chosen[0] == chosen[1]
+
+
+def test_an_unknown_name_is_refused_before_anything_is_done(tmp_path):
+    with pytest.raises(InputError, match=r"no parameter 'noise_rate'; there are .*weight"):
+        run_experiment(tmp_path / "none", tmp_path / "run", noise_rate=0.3)
+    with pytest.raises(InputError, match="no parameter 'denoising'"):
+        run_experiment(tmp_path / "none", tmp_path / "run", denoising=Denoising())
+    with pytest.raises(InputError, match="direction: 'text'"):
+        run_experiment(tmp_path / "none", tmp_path / "run", direction="text")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == pick_device("cpu") == "cpu"
+    with pytest.raises(InputError, match="device: cuda:1 is not there"):
+        pick_device("cuda:1")

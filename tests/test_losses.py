@@ -1,0 +1,110 @@
+"""The loss of a step, by hand and against float64, and which parameters each part of it trains."""
+
+import math
+
+import pytest
+import torch
+
+from cmdlab.denoising import Denoising
+from cmdlab.losses import Batch, make_denoisers, training_losses
+from cmdlab.model import RetrievalModel, Shape
+
+SHAPE = Shape(speech_layers=2, speech_width=16, image_width=12, embedding=8)
+
+
+def make_batch(ids: list[int], seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    pictures = torch.nn.functional.normalize(torch.randn(9, 8, generator=generator), dim=-1)
+    patches = torch.randn(9, 4, 12, generator=generator)
+    image_id = torch.tensor(ids)
+    return Batch(
+        torch.randn(len(ids), 2, 6, 16, generator=generator),
+        torch.randint(1, 7, (len(ids),), generator=generator),
+        patches[image_id],
+        pictures[image_id],
+        image_id,
+    )
+
+
+def make_model() -> RetrievalModel:
+    torch.manual_seed(0)
+    return RetrievalModel(SHAPE)
+
+
+def losses(model, batch, *, weight=0.7, seed=0, **settings):
+    torch.manual_seed(1)
+    denoisers = make_denoisers(Denoising(**settings), SHAPE, 4)
+    return training_losses(model, denoisers, batch, weight, torch.Generator().manual_seed(seed))
+
+
+def test_two_captions_of_one_image_are_not_negatives_in_float64():
+    """Each caption against its own image and those of other ids, in both directions, by loops."""
+    ids = [3, 5, 3, 8, 5, 3]
+    model, batch = make_model(), make_batch(ids)
+    with torch.no_grad():
+        found = training_losses(model, torch.nn.ModuleDict(), batch, 0.0, torch.Generator())
+        speech = model.speech_head(batch.states, batch.lengths)[1].double()
+        score = (model.scale.double() * speech @ batch.embedding.double().T).tolist()
+    total = 0.0
+    for i in range(6):
+        allowed = [j for j in range(6) if j == i or ids[j] != ids[i]]
+        total += math.log(sum(math.exp(score[i][j]) for j in allowed)) - score[i][i]
+        total += math.log(sum(math.exp(score[j][i]) for j in allowed)) - score[i][i]
+    assert found.contrastive.item() == pytest.approx(total / 12, rel=1e-5)
+    assert found.total is found.contrastive
+    assert found.denoising is None
+
+
+def test_captions_of_a_single_image_have_nothing_to_contrast():
+    model = make_model()
+    found = training_losses(model, torch.nn.ModuleDict(), make_batch([4] * 5), 0, torch.Generator())
+    assert found.contrastive == 0
+
+
+def test_the_total_is_weighted():
+    found = losses(make_model(), make_batch([0, 1, 2, 3]), weight=0.7)
+    expected = found.contrastive + 0.7 * found.denoising
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_both_directions_are_averaged():
+    batch = make_batch([0, 1, 2, 3])
+    # With all tokens masked, nothing is left to chance but the denoisers' weights.
+    settings = {"corruption": "mask", "rate": 1.0}
+    torch.manual_seed(1)
+    both = make_denoisers(Denoising(direction="both", **settings), SHAPE, 4)
+    assert set(both) == {"image", "speech"}
+    model, generator = make_model(), torch.Generator()
+    apart = [
+        training_losses(model, torch.nn.ModuleDict({side: both[side]}), batch, 1.0, generator)
+        for side in ("image", "speech")
+    ]
+    together = training_losses(model, both, batch, 1.0, generator)
+    mean = (apart[0].denoising + apart[1].denoising) / 2
+    assert together.denoising.item() == pytest.approx(mean.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["image", "speech"])
+def test_a_denoiser_for_the_corrupted_side_alone(direction):
+    denoisers = make_denoisers(Denoising(direction=direction), SHAPE, 4)
+    assert set(denoisers) == {direction}
+    assert denoisers[direction].mask.shape == (1, {"image": 12, "speech": 16}[direction])
+
+
+@pytest.mark.parametrize("direction", ["image", "speech", "both"])
+def test_restoring_trains_the_speech_head_too(direction):
+    model = make_model()
+    losses(model, make_batch([0, 1, 2, 3]), direction=direction).denoising.backward()
+    assert (model.speech_head.transformer.linear1.weight.grad != 0).any()
+    assert model.speech_head.projection.weight.grad is None  # of retrieval's embedding alone
+    assert model.log_scale.grad is None
+
+
+def test_the_bound_of_the_temperature_holds_in_the_loss():
+    model, batch = make_model(), make_batch([0, 1, 2, 3])
+    values = []
+    for log_scale in (math.log(100.0), 60.0):
+        with torch.no_grad():
+            model.log_scale.fill_(log_scale)
+        values.append(losses(model, batch).contrastive.item())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)

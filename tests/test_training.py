@@ -1,0 +1,230 @@
+"""Training: the same seed the same weights, stopped or not; the arms alike but for their loss."""
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cmdlab.denoising import Denoising
+from cmdlab.encoders.store import Features
+from cmdlab.errors import InputError
+from cmdlab.experiment import inference_cost
+from cmdlab.training import Trained, Training, embed, make_batch, train
+
+CONTRASTIVE = Training(
+    seed=3, steps=12, batch_size=8, warm_up=3, validate_every=5, learning_rate=3e-3
+)
+CMD = replace(CONTRASTIVE, weight=1.0)
+ARMS = {
+    "contrastive": CONTRASTIVE,
+    "cmd": CMD,
+    "cmd both, deep": replace(CMD, denoising=Denoising(direction="both", loss="info_nce", depth=2)),
+    "patches": replace(CMD, image_head="patches", denoising=Denoising(corruption="gaussian")),
+}
+
+
+@pytest.fixture(scope="module")
+def features(toy_features) -> Features:
+    return toy_features(images=20, seed=0)
+
+
+@pytest.fixture(scope="module")
+def validation(toy_features) -> Features:
+    return toy_features(images=9, seed=1)
+
+
+@pytest.fixture(scope="module")
+def run(features, validation):
+    def run(training: Training, **options: object) -> Trained:
+        torch.set_num_threads(1)
+        return train(training, features, validation, **options)
+
+    return run
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def assert_same(one: Trained, other: Trained) -> None:
+    assert same_weights(one.model, other.model)
+    assert same_weights(one.denoisers, other.denoisers)
+    assert one.curve == other.curve
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_stopped_and_continued_it_ends_as_if_it_had_not_been(run, arm, tmp_path):
+    training = ARMS[arm]
+    whole = run(training, checkpoint=tmp_path / "whole.pt")
+    resumed = tmp_path / "resumed.pt"
+    run(training, checkpoint=resumed, stop_after=7)  # kept at step 5
+    first = torch.load(resumed, weights_only=True)
+    assert first["step"] == 5
+    torch.manual_seed(99)  # another process has another history
+    assert_same(run(training, checkpoint=resumed), whole)
+    states = [
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "resumed")
+    ]
+    optimisers = [state["optimiser"]["state"] for state in states]
+    assert optimisers[0].keys() == optimisers[1].keys()
+    for i, state in optimisers[0].items():
+        assert all(torch.equal(value, optimisers[1][i][name]) for name, value in state.items())
+    assert_same(run(training, checkpoint=resumed), whole)  # nothing is left to do
+
+
+def test_the_seed_decides(run):
+    assert_same(run(CMD), run(CMD))
+    assert not same_weights(run(CMD).model, run(replace(CMD, seed=4)).model)
+
+
+def test_the_curve_holds_what_a_record_needs(run):
+    curve = run(CMD).curve
+    assert [point["step"] for point in curve] == [1, 5, 10, 11, 12]
+    validated = [point["step"] for point in curve if point["validation_mean_R@1"] is not None]
+    assert validated == [5, 10, 12]
+    for point in curve:
+        total = point["contrastive"] + CMD.weight * point["denoising"]
+        assert point["loss"] == pytest.approx(total, rel=1e-5)
+        assert 0.01 <= point["temperature"] < 0.1
+    assert all(point["denoising"] is None for point in run(CONTRASTIVE).curve)
+
+
+def test_arms_of_a_seed_start_from_the_same_heads_and_see_the_same_batches(run):
+    """Without learning, the contrastive loss of every step is that of heads and batches alone."""
+    still = {"learning_rate": 1e-30, "steps": 11, "validate_every": 1}
+    curves = [
+        [point["contrastive"] for point in run(replace(training, **still)).curve]
+        for training in (ARMS["contrastive"], ARMS["cmd"], ARMS["cmd both, deep"])
+    ]
+    assert curves[0] == curves[1] == curves[2]
+    assert len(set(curves[0])) == 11  # batches differ from each other, over the epochs too
+
+
+def test_an_epoch_takes_no_caption_twice(features):
+    from cmdlab.training import _captions_of_step
+
+    steps = [_captions_of_step(step, CONTRASTIVE, features) for step in range(10)]
+    assert sorted(torch.cat(steps[:5]).tolist()) == list(range(40))
+    assert sorted(torch.cat(steps[5:]).tolist()) == list(range(40))
+    assert not torch.equal(steps[0], steps[5])
+    whole = _captions_of_step(1, replace(CONTRASTIVE, batch_size=999), features)
+    assert sorted(whole.tolist()) == list(range(40))
+
+
+def test_a_batch_pairs_each_caption_with_its_image(features):
+    batch = make_batch(features, torch.tensor([5, 0, 4]), "cpu")
+    assert batch.image_id.tolist() == [2, 0, 2]
+    assert batch.states.shape == (3, 2, int(batch.lengths.max()), 16)
+    assert torch.equal(batch.patches[0], batch.patches[2])
+    assert torch.equal(batch.patches[0], features.image.tokens([2])[0][0, 0])
+    assert torch.equal(batch.embedding, features.image.embeddings[[2, 0, 2]])
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_both_losses_are_learnt(run, arm):
+    curve = run(replace(ARMS[arm], steps=150, validate_every=150)).curve
+    assert curve[-1]["contrastive"] < 0.7 * curve[0]["contrastive"]
+    if arm != "contrastive":
+        values = [point["denoising"] for point in curve]
+        assert np.mean(values[-4:]) < 0.95 * np.mean(values[:4])
+    assert curve[-1]["validation_mean_R@1"] > 2 * 100 / 9
+
+
+def test_with_and_without_cmd_a_model_costs_and_gives_the_same(run, validation, tmp_path):
+    """Retrieval knows nothing of the denoiser: equal heads are equal models."""
+    plain, cmd = run(CONTRASTIVE).model, run(CMD).model
+    assert not same_weights(plain, cmd)
+    plain.load_state_dict(cmd.state_dict())  # strict: the same names and shapes
+    assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in cmd.parameters())
+    costs = [inference_cost(model, validation)["inference_flops"] for model in (plain, cmd)]
+    assert costs[0] == costs[1] > 0
+    for one, other in zip(*(embed(m, validation, "cpu") for m in (plain, cmd)), strict=True):
+        assert torch.equal(one, other)
+    for name, model in (("plain", plain), ("cmd", cmd)):
+        model.save_pretrained(tmp_path / name)
+    for file in ("model.json", "model.safetensors"):
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "cmd" / file).read_bytes()
+    assert b"denois" not in (tmp_path / "cmd" / "model.safetensors").read_bytes()
+
+
+def test_embeddings_do_not_depend_on_the_batches(run, validation):
+    model = run(CONTRASTIVE).model
+    whole, parts = (embed(model, validation, "cpu", batch_size=size) for size in (250, 4))
+    assert torch.allclose(whole[0], parts[0], atol=1e-6)
+    assert torch.equal(whole[1], validation.image.embeddings)
+    assert whole[0].shape == (18, 8)
+
+
+def test_a_checkpoint_of_another_run_is_refused(run, toy_features, validation, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    run(CMD, checkpoint=path, stop_after=5)
+    message = r"checkpoint\.pt: is of a run with other settings or another corpus; remove it"
+    for other in (CONTRASTIVE, replace(CMD, seed=4), replace(CMD, denoising=Denoising(rate=0.5))):
+        with pytest.raises(InputError, match=message):
+            run(other, checkpoint=path)
+    with pytest.raises(InputError, match=message):
+        train(CMD, toy_features(images=20, seed=7), validation, checkpoint=path)
+
+
+class Malicious:
+    """Unpickling it would run what it says."""
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("touched"),)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "pickle", "foreign", "shapes"])
+def test_a_damaged_checkpoint_is_refused(run, tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    run(CONTRASTIVE, checkpoint=path, stop_after=5)
+    state = torch.load(path, weights_only=True)
+    if damage == "shapes":
+        state["model"]["speech_head.cls"] = torch.zeros(3)
+        torch.save(state, path)
+    elif damage == "foreign":
+        torch.save([1, 2], path)
+    elif damage == "pickle":
+        torch.save({**state, "curve": Malicious()}, path)
+    else:
+        content = {"cut": path.read_bytes()[:-999], "empty": b"", "text": b"no checkpoint"}
+        path.write_bytes(content[damage])
+    with pytest.raises(InputError, match=r"checkpoint\.pt: is no checkpoint") as refusal:
+        run(CONTRASTIVE, checkpoint=path)
+    assert "\n" not in str(refusal.value)
+    assert not Path("touched").exists()
+
+
+@pytest.mark.parametrize("training", [CONTRASTIVE, CMD])
+def test_features_that_are_not_finite_stop_it_at_once(toy_features, validation, training):
+    features = toy_features(images=20)
+    features.speech._tokens[0] = features.speech._tokens[0].copy()
+    features.speech._tokens[0][10, 0, 3] = float("nan")
+    with pytest.raises(RuntimeError, match=r"the loss became nan at step \d: lower learning_rate"):
+        train(training, features, validation)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"batch_size": 0},
+        {"validate_every": 0},
+        {"seed": -1},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"weight": -1.0},
+        {"weight": float("nan")},
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        replace(CONTRASTIVE, **wrong)
+
+
+def test_a_recipe_is_plain_data():
+    assert set(asdict(CMD)) == {field.name for field in fields(Training)}
+    assert asdict(CMD)["denoising"] == asdict(Denoising())
