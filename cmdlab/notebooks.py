@@ -1,0 +1,335 @@
+"""A notebook as a function: its parameters checked, its run in a process of its own."""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cmdlab.errors import InputError
+
+
+class NotebookError(RuntimeError):
+    """A notebook that did not run to its end; `kind` is the name of the exception that ended it."""
+
+    def __init__(self, kind: str, message: str, traceback: str) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind = kind
+        self.message = message
+        self.traceback = traceback
+
+
+class Stopped(Exception):
+    """The notebook was stopped because its caller asked for it."""
+
+
+def run_notebook(notebook: Path, parameters: Mapping[str, Any], output: Path) -> None:
+    """Run a notebook with papermill and keep the executed notebook at `output`.
+
+    The notebook runs in the caller's working folder and dies with the caller. `output` is kept,
+    with the traceback in it, when the notebook fails too: that it exists does not mean that it ran.
+    Raises InputError for a parameter that the notebook does not declare or whose value does not
+    fit, NotebookError when the notebook fails.
+    """
+    notebook, output = Path(notebook), Path(output)
+    checked = read_notebook(notebook).fill(parameters, where=str(notebook))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".notebook-", dir=output.parent) as folder:
+        executed = Path(folder, "notebook.ipynb")
+        try:
+            execute(notebook, checked, Path(folder))
+        finally:
+            if executed.exists():
+                os.replace(executed, output)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A name that the `parameters` cell assigns, with its default and its type, if one is given."""
+
+    default: Any
+    annotation: ast.expr | None
+
+    @property
+    def type(self) -> str:
+        if self.annotation is not None:
+            return ast.unparse(self.annotation)
+        return "any value" if self.default is None else type(self.default).__name__
+
+    def fits(self, value: Any) -> bool:
+        if self.annotation is not None:
+            return _fits(value, self.annotation)
+        return self.default is None or _fits(value, ast.Name(type(self.default).__name__))
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """What can be known of a notebook without running it. `sha256` covers its cells' sources."""
+
+    path: Path
+    parameters: dict[str, Parameter]
+    sha256: str
+
+    def fill(self, values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+        """All parameters: the given values, checked, over the notebook's defaults.
+
+        A whole number given for a float becomes a float, so that 1 and 1.0 are one value.
+        Raises InputError that starts with `where`.
+        """
+        filled = {name: parameter.default for name, parameter in self.parameters.items()}
+        for name, value in values.items():
+            parameter = self.parameters.get(name)
+            if parameter is None:
+                known = ", ".join(sorted(self.parameters))
+                raise InputError(
+                    f"{where}: {self.path.name} has no parameter {name!r}; it has {known}"
+                )
+            if type(value) is int and not parameter.fits(value) and parameter.fits(float(value)):
+                value = float(value)
+            if not parameter.fits(value) or not _is_json(value):
+                hint = ""
+                if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value):
+                    hint = " (YAML reads 1e-3 as text: write 1.0e-3)"
+                raise InputError(
+                    f"{where}: parameter {name!r} is {value!r}, and {self.path.name} wants "
+                    f"{parameter.type}{hint}"
+                )
+            filled[name] = value
+        return filled
+
+
+def read_notebook(path: Path) -> Notebook:
+    """The notebook's declared parameters and the hash of its cells' sources.
+
+    The cell tagged `parameters` is parsed, not run: papermill's own inspection loses `Literal`,
+    `X | None` and strings with "=", and papermill only warns of an unknown name.
+    Raises InputError for a file that is no notebook, or has not exactly one such cell.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        cells = [(cell["cell_type"], "".join(cell["source"]), cell) for cell in content["cells"]]
+        tagged = [
+            source
+            for kind, source, cell in cells
+            if kind == "code" and "parameters" in cell["metadata"].get("tags", [])
+        ]
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such notebook; mend the path") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: is not a notebook of format 4 ({error!r})") from error
+    if len(tagged) != 1:
+        raise InputError(
+            f"{path}: has {len(tagged)} code cells tagged 'parameters'; tag exactly one"
+        )
+    sources = json.dumps([[kind, source] for kind, source, _ in cells])
+    digest = hashlib.sha256(sources.encode()).hexdigest()
+    return Notebook(path, _parse_parameters(tagged[0], path), digest)
+
+
+def _parse_parameters(source: str, path: Path) -> dict[str, Parameter]:
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        raise InputError(f"{path}: parameters cell, line {error.lineno}: {error.msg}") from error
+    parameters = {}
+    for statement in statements:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                annotation: ast.expr | None = None
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                annotation = statement.annotation
+            case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant()):
+                continue
+            case _:
+                raise InputError(
+                    f"{path}: parameters cell, line {statement.lineno}: "
+                    "only imports and `name: type = value` may stand there"
+                )
+        try:
+            parameters[name] = Parameter(ast.literal_eval(value), annotation)
+        except ValueError:
+            raise InputError(
+                f"{path}: parameters cell, line {statement.lineno}: {name!r} needs a plain value, "
+                "not an expression"
+            ) from None
+    return parameters
+
+
+def _fits(value: Any, annotation: ast.expr) -> bool:
+    """Whether a JSON value is of the annotated type; a type that is not known here takes any."""
+    match annotation:
+        case ast.Constant(value=None):
+            return value is None
+        case ast.Constant(value=str(text)):
+            return _fits(value, ast.parse(text, mode="eval").body)
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _fits(value, left) or _fits(value, right)
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            types: dict[str, type] = {
+                "bool": bool, "int": int, "float": float, "str": str, "list": list, "dict": dict
+            }  # fmt: skip
+            return name not in types or type(value) is types[name]
+        case ast.Subscript(value=ast.Name(id=name) | ast.Attribute(attr=name), slice=inner):
+            if name == "Literal":
+                choices = ast.literal_eval(inner)
+                choices = choices if isinstance(choices, tuple) else (choices,)
+                return any(type(value) is type(choice) and value == choice for choice in choices)
+            if name == "Optional":
+                return value is None or _fits(value, inner)
+            if name == "list":
+                return isinstance(value, list) and all(_fits(item, inner) for item in value)
+            if name == "dict":
+                return isinstance(value, dict)
+    return True
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def execute(
+    notebook: Path,
+    parameters: Mapping[str, Any],
+    folder: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Run a notebook, its parameters already checked, and leave `folder`/notebook.ipynb.
+
+    A process of its own runs papermill, since its working folder is not safe across threads; both
+    that process and the kernel are killed by the system when this process ends, however it ends.
+    On failure `folder`/log.txt keeps what the process and the kernel wrote beside the notebook.
+    Raises NotebookError; Stopped when `stop` is set meanwhile.
+    """
+    stop = stop or threading.Event()
+    scratch, log = folder / "scratch", folder / "log.txt"
+    scratch.mkdir()
+    job = {"notebook": str(notebook), "parameters": dict(parameters), "folder": str(folder)}
+    (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    variables = {
+        **os.environ,
+        **(environment or {}),
+        # The kernel is this Python's, and nobody's start-up files run in it.
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "JUPYTER_RUNTIME_DIR": str(scratch.absolute()),
+        "IPYTHONDIR": str(scratch.absolute()),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cmdlab.notebooks", str(scratch), str(os.getpid())],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C is for the caller, which then kills this process
+        )
+    try:
+        while process.poll() is None:
+            if stop.wait(0.05):
+                raise Stopped
+    finally:
+        if process.returncode is None:
+            process.kill()
+            process.wait()
+    error = scratch / "error.json"
+    if error.exists():
+        raise NotebookError(**json.loads(error.read_text(encoding="utf-8")))
+    if process.returncode != 0:
+        tail = log.read_text(errors="replace")[-4000:]
+        ended = f"exit status {process.returncode}"
+        if process.returncode < 0:
+            ended = f"signal {signal.Signals(-process.returncode).name}"
+        raise NotebookError("ProcessDied", f"the notebook's process ended with {ended}", tail)
+    shutil.rmtree(scratch)
+    log.unlink()
+
+
+def _run_papermill(scratch: Path) -> None:
+    """What the process of its own does: run the job; a failure goes to error.json."""
+    # Half the time of papermill's start goes into a grammar of web addresses, which jsonschema,
+    # deep below it, does without when it cannot be imported.
+    sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    job = json.loads((scratch / "job.json").read_text(encoding="utf-8"))
+    # papermill formats paths as templates.
+    output = str(Path(job["folder"], "notebook.ipynb")).replace("{", "{{").replace("}", "}}")
+    started = threading.Event()
+
+    def attempt() -> None:
+        papermill.execute_notebook(
+            job["notebook"].replace("{", "{{").replace("}", "}}"),
+            output,
+            parameters=job["parameters"],
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            start_timeout=300,
+            on_notebook_start=lambda notebook: started.set(),
+            extra_arguments=[
+                "--IPKernelApp.exec_lines="
+                "__import__('cmdlab.notebooks', fromlist=['_']).die_with_parent("
+                f"{os.getpid()})"
+            ],
+        )
+
+    try:
+        try:
+            attempt()
+        except Exception:
+            if started.is_set():
+                raise
+            # Kernels that start together can take each other's ports: once more.
+            attempt()
+    except PapermillExecutionError as error:
+        text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+        failure = {"kind": error.ename, "message": error.evalue, "traceback": text}
+    except Exception as error:
+        failure = {
+            "kind": type(error).__name__,
+            "message": str(error),
+            "traceback": traceback.format_exc(),
+        }
+    else:
+        return
+    (scratch / "error.json").write_text(json.dumps(failure), encoding="utf-8")
+    sys.exit(1)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the system kill this process when its parent, of this process id, ends.
+
+    A parent killed by SIGKILL cannot stop its children, and ipykernel's own watch on its parent
+    needs the interpreter's lock, which a long computation may hold.
+    """
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[2]))
+    _run_papermill(Path(sys.argv[1]))
