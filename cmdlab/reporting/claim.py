@@ -1,0 +1,205 @@
+"""The sentences that a report's figures bear out: generated from the data, whatever its sign."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from markupsafe import Markup
+
+from cmdlab.reporting.numbers import number, p_value, signed
+from cmdlab.reporting.page import paragraph
+from cmdlab.reporting.study import ArmComparison, Study
+
+SEEDS_TO_PUBLISH = 5
+
+
+def claim(study: Study, comparisons: Sequence[ArmComparison]) -> Markup:
+    """One paragraph: what was asked, what was found, what did not work."""
+    parts = {
+        "Asked:": _asked(study),
+        "Found:": _found(study, comparisons),
+        "Did not work:": _failed(study, comparisons),
+    }
+    spans = Markup(" ").join(
+        Markup("<span><b>{}</b> {}</span>").format(name, Markup(" ").join(sentences))
+        for name, sentences in parts.items()
+    )
+    return Markup('<p class="claim">{}</p>').format(spans)
+
+
+def meaning(study: Study) -> Markup:
+    """Where the baseline lies between chance and the ceilings, which a comparison depends on."""
+    key = "speech_to_image"
+    runs = study.of(study.baseline)
+    reached = study.interval(study.baseline, f"{key}/R@1").mean
+    ceilings = [run.record["ceiling"][key]["R@1"] for run in runs if run.record["ceiling"]]
+    texts = [run.record["text_ceiling"][key]["R@1"] for run in runs if run.record["text_ceiling"]]
+    sentences = []
+    if ceilings:
+        ceiling = float(np.mean(ceilings))
+        share = reached / ceiling if ceiling else 0.0
+        judged = "so the comparison has room to both sides"
+        if share < 1 / 3:
+            judged = "less than a third, so the comparison means little"
+        elif share > 0.9:
+            judged = "more than nine tenths, so there is hardly anything left to win"
+        sentences.append(
+            "A caption can be true of several images, so even an all-knowing system would stop at "
+            f"a speech → image R@1 of {number(ceiling)} %; {study.baseline} reaches "
+            f"{number(reached)} %, {100 * share:.0f} % of that, {judged}."
+        )
+    else:
+        sentences.append("The corpus' ceiling was not measured.")
+    if texts:
+        text = float(np.mean(texts))
+        side = "below" if text >= reached else "above"
+        sentences.append(
+            "Text → image retrieval with the same frozen image encoder reaches "
+            f"{number(text)} %: {study.baseline} lies {number(abs(text - reached))} points "
+            f"{side} it."
+        )
+    else:
+        sentences.append("Text → image retrieval with the same image encoder was not measured.")
+    return paragraph("{}", " ".join(sentences))
+
+
+def _asked(study: Study) -> list[Markup]:
+    others = [arm for arm in study.finished_arms if arm != study.baseline]
+    corpus = study.of(study.baseline)[0].record["corpus"]
+    counts = {len(study.of(arm)) for arm in study.finished_arms}
+    seeds = " to ".join(str(end) for end in sorted({min(counts), max(counts)}))
+    return [
+        Markup(
+            "Does Cross-Modal Denoising, trained beside the contrastive loss, retrieve better than "
+            "the contrastive loss alone?"
+        ),
+        Markup(
+            "{} compared with {} on {}, with {} an arm and {} test images, by mean R@1, the mean "
+            "of both directions."
+        ).format(
+            _plural(len(others), "arm is", "arms are"),
+            _arm(study.baseline),
+            corpus["name"],
+            f"{seeds} {'seed' if seeds == '1' else 'seeds'}",
+            f"{corpus['gallery']:,}",
+        ),
+    ]
+
+
+def _found(study: Study, comparisons: Sequence[ArmComparison]) -> list[Markup]:
+    compared = [one for one in comparisons if one.result is not None]
+    if not compared:
+        return [Markup("Nothing, since no arm could be compared with {}.").format(study.baseline)]
+    sentences = []
+    best = next((one for one in compared if one.arm == study.best_on_validation), None)
+    if best is not None and best.result is not None:
+        result = best.result
+        judged = "It is separated from zero."
+        if not best.separated:
+            judged = (
+                "It is not separated from zero; a true difference of "
+                f"{number(result.detectable)} points would have been found in 80 % of the cases."
+            )
+        sentences.append(
+            Markup(
+                "{}{} has a mean R@1 of {} % on the test set against {} %. In pairs the difference "
+                "is {} points (95 % interval {} to {}; Holm-adjusted p {}{}). {}"
+            ).format(
+                _arm(best.arm),
+                ", the best arm on the validation set," if len(compared) > 1 else "",
+                number(study.interval(best.arm).mean),
+                number(study.interval(study.baseline).mean),
+                signed(result.difference),
+                signed(result.low),
+                signed(result.high),
+                _p(best.adjusted_p),
+                "" if best.planned else ", exploratory",
+                judged,
+            )
+        )
+    for planned, name in ((True, "planned"), (False, "exploratory")):
+        family = [one for one in compared if one.planned == planned]
+        above = sum(one.separated and _difference(one) > 0 for one in family)
+        below = sum(one.separated and _difference(one) < 0 for one in family)
+        if len(family) > 1:
+            sentences.append(
+                Markup(
+                    "Of {} {} comparisons {} came out above zero, {} below, and {} not separated "
+                    "from it."
+                ).format(
+                    len(family),
+                    name,
+                    above or "none",
+                    below or "none",
+                    len(family) - above - below or "none",
+                )
+            )
+    return sentences
+
+
+def _failed(study: Study, comparisons: Sequence[ArmComparison]) -> list[Markup]:
+    sentences = []
+    below = [one.arm for one in comparisons if one.separated and _difference(one) < 0]
+    undecided = [one for one in comparisons if one.result is not None and not one.separated]
+    untold = [one.arm for one in comparisons if one.result is None]
+    if below:
+        sentences.append(Markup("Retrieval became worse with {}.").format(_arms(below)))
+    if undecided:
+        sizes = [one.result.detectable for one in undecided if one.result is not None]
+        ends = dict.fromkeys([number(min(sizes)), number(max(sizes))])
+        sentences.append(
+            Markup(
+                "The difference is not separated from zero for {}; this design could have detected "
+                "{} points."
+            ).format(_arms([one.arm for one in undecided]), " to ".join(ends))
+        )
+    if untold:
+        sentences.append(Markup("{} could not be compared.").format(_arms(untold)))
+    lost = {
+        "failed": sum(cell.status == "failed" for cell in study.lost),
+        "never ran": sum(cell.status == "missing" for cell in study.lost),
+    }
+    if study.lost:
+        counted = [f"{_plural(n, 'cell', 'cells')} {how}" for how, n in lost.items() if n]
+        sentences.append(Markup("{}.").format(" and ".join(counted)))
+    if not comparisons:
+        sentences.append(Markup("No other arm has a finished run."))
+    if not sentences:
+        sentences.append(
+            Markup("Nothing: every arm is separated above zero, and every cell finished.")
+        )
+    if min(len(study.of(arm)) for arm in study.finished_arms) < SEEDS_TO_PUBLISH:
+        sentences.append(
+            Markup(
+                "Not every arm has {} seeds, so this is an indication, not a result to publish."
+            ).format(SEEDS_TO_PUBLISH)
+        )
+    return sentences
+
+
+def _difference(one: ArmComparison) -> float:
+    return one.result.difference if one.result is not None else 0.0
+
+
+def _p(value: float) -> str:
+    shown = p_value(value)
+    return shown if shown.startswith("<") else f"= {shown}"
+
+
+def _arm(name: str) -> Markup:
+    return Markup('<span class="arm">{}</span>').format(name)
+
+
+def _arms(names: Sequence[str]) -> Markup:
+    """At most four names in a sentence."""
+    if len(names) == 1:
+        return _arm(names[0])
+    shown = names if len(names) <= 4 else names[:3]
+    listed = Markup(", ").join(map(_arm, shown[:-1]))
+    if len(names) > 4:
+        more = Markup("{} arms ({}, {} and {} more)")
+        return more.format(len(names), listed, _arm(shown[-1]), len(names) - len(shown))
+    return Markup("{} and {}").format(listed, _arm(shown[-1]))
+
+
+def _plural(number_of: int, one: str, many: str) -> str:
+    return f"{number_of} {one if number_of == 1 else many}"

@@ -1,0 +1,298 @@
+"""The report's figures: paired differences, axes, learning curves, and word × patch maps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from cmdlab.reporting.numbers import number, signed, value_label
+from cmdlab.reporting.page import Figure
+from cmdlab.reporting.panels import ARM, BASELINE, GRID, INK, MUTED, PAPER, SEED, Panel
+from cmdlab.reporting.study import HEADLINE, ArmComparison, Study
+from cmdlab.reporting.tables import arm_label
+
+METRIC_NAMES = {
+    HEADLINE: "mean R@1",
+    "speech_to_image/R@1": "speech → image R@1",
+    "image_to_speech/R@1": "image → speech R@1",
+}
+LINE = 47  # height of a forest's row
+
+
+def forest_figure(study: Study, by_metric: dict[str, list[ArmComparison]]) -> Figure:
+    """Paired differences: one panel a metric, one row an arm."""
+    shown = {
+        metric: [one for one in comparisons if one.result is not None]
+        for metric, comparisons in by_metric.items()
+    }
+    reach = [abs(end) for ones in shown.values() for one in ones for end in _reach(one.result)]
+    limit = 1.08 * max([0.5, *reach])
+    exploratory = any(not one.planned for one in shown[HEADLINE])
+    return Figure(
+        "differences-figure",
+        f"Each arm minus {study.baseline}, same seeds and same queries, in percentage points. "
+        "Line: 95 % interval. Diamond: mean, filled where the difference in mean R@1 is separated "
+        "from zero after Holm's correction. Open circles: single seeds. "
+        + ("Dashed lines: exploratory comparisons. " if exploratory else "")
+        + "The directions on their own were not tested.",
+        [
+            _forest(study, METRIC_NAMES[metric], comparisons, limit, f"forest-{index}")
+            for index, (metric, comparisons) in enumerate(shown.items())
+        ],
+    )
+
+
+def forest_panel(study: Study, metric: str, comparisons: list[ArmComparison]) -> Markup:
+    """One panel of `forest_figure` by itself."""
+    shown = [one for one in comparisons if one.result is not None]
+    reach = [abs(end) for one in shown for end in _reach(one.result)]
+    return _forest(study, METRIC_NAMES[metric], shown, 1.08 * max([0.5, *reach]), "forest")
+
+
+def axes_figure(study: Study) -> Figure:
+    """Dose–response: one panel an axis, mean R@1 against its values."""
+    low, high = _limits(
+        [
+            value
+            for points in study.axes.values()
+            for _, arm in points
+            for value in _reach(study.interval(arm))
+        ]
+        + list(_reach(study.interval(study.baseline)))
+    )
+    panels = [
+        _axis(study, name, points, (low, high), f"axis-{index}")
+        for index, (name, points) in enumerate(study.axes.items())
+    ]
+    return Figure(
+        "axes-figure",
+        "Mean R@1 on the test set, in percent, along each axis, the other parameters as in "
+        f"{study.axis_base} (square). Points with bars: mean and 95 % interval. Open circles: "
+        f"single seeds. Dashed line: {study.baseline}, with its 95 % interval shaded. Values are "
+        "evenly spaced, whatever their size; a line joins them where they are numbers.",
+        panels,
+    )
+
+
+def curves_figure(study: Study) -> Figure:
+    """Validation results during training: one panel an arm."""
+    curves = {arm: _curves(study, arm, "validation_mean_R@1") for arm in study.finished_arms}
+    values = [y for ones in curves.values() for _, ys in ones for y in ys]
+    limits = _limits([0.0, *values])
+    panels = []
+    for index, (arm, ones) in enumerate(curves.items()):
+        panel = Panel(f"curve-{index}", 200)
+        if arm != study.baseline:
+            panel.line(*_mean_curve(curves[study.baseline]), colour=BASELINE, dashed=True)
+        for steps, ys in ones:
+            panel.line(steps, ys, colour=ARM, faint=True)
+        steps, ys = _mean_curve(ones)
+        panel.line(steps, ys, colour=ARM)
+        panel.axes.set_ylim(*limits)
+        panel.labels(arm_label(study, arm), "step", "validation mean R@1, %")
+        last = f"the mean over {len(ones)} seeds ends at {number(ys[-1])} %" if ys else "no points"
+        panels.append(panel.svg(f"Learning curve of {arm}", f"Validation mean R@1: {last}."))
+    return Figure(
+        "curves-figure",
+        "Mean R@1 on the validation set during training, in percent. Faint: each seed. Bold: their "
+        f"mean. Dashed: the mean of {study.baseline}.",
+        panels,
+    )
+
+
+def loss_figure(study: Study) -> Figure:
+    """The two training losses of the baseline and of the best arm on the validation set."""
+    arms = list(dict.fromkeys([study.baseline, study.best_on_validation or study.baseline]))
+    styles: dict[str, dict[str, Any]] = {
+        arm: {"colour": BASELINE if arm == study.baseline else ARM, "dashed": arm == study.baseline}
+        for arm in arms
+    }
+    panels = []
+    for name in ("contrastive", "denoising"):
+        panel = Panel(f"loss-{name}", 220)
+        ends = []
+        for arm in arms:
+            ones = _curves(study, arm, name)
+            for steps, ys in ones:
+                panel.line(steps, ys, **styles[arm], faint=True)
+            steps, ys = _mean_curve(ones)
+            if ys:
+                panel.line(steps, ys, **styles[arm], label=arm)
+                ends.append(f"{arm} ends at {ys[-1]:.3f}")
+        if ends:
+            panel.legend()
+        panel.labels(f"{name.capitalize()} loss", "step", "training loss")
+        described = "; ".join(ends) or "no values recorded"
+        panels.append(panel.svg(f"{name.capitalize()} loss during training", f"{described}."))
+    return Figure(
+        "loss-figure",
+        "Training losses, each seed faint and the mean bold; dashed is "
+        f"{study.baseline}, which has no denoising loss.",
+        panels,
+    )
+
+
+def word_maps_svg(
+    identifier: str, words: Sequence[dict[str, Any]], maps: dict[str, Any], photo: np.ndarray | None
+) -> Markup:
+    """Words on the time axis, each with its attention over the image's patches below.
+
+    maps: rows, columns, values [words][rows * columns]. photo: the image, uint8 [H, W, 3].
+    """
+    side, gap, left = 74, 10, 92
+    width = left + len(words) * (side + gap) + 10
+    panel = Panel(identifier, 196, width=width)
+    axes = panel.axes
+    axes.set_position((0, 0, 1, 1))
+    axes.set_xlim(0, width)
+    axes.set_ylim(196, 0)
+    axes.set_axis_off()
+    end = max(word["end"] for word in words)
+    span = width - left - gap
+    axes.text(0, 34, "spoken at", color=MUTED, fontsize=11, va="center")
+    axes.text(0, 122, "looks at" if photo is None else "", color=MUTED, fontsize=11, va="center")
+    if photo is not None:
+        axes.imshow(photo, extent=(0, side, 84 + side, 84), interpolation="none", zorder=2)
+        axes.text(0, 178, "the image", color=MUTED, fontsize=11, va="center")
+    for index, (word, values) in enumerate(zip(words, maps["values"], strict=True)):
+        start, stop = (left + span * word[key] / end for key in ("start", "end"))
+        x = left + index * (side + gap)
+        shade = (ARM, INK)[index % 2]
+        axes.plot([start, stop], [34, 34], color=shade, linewidth=7, solid_capstyle="butt")
+        axes.plot([(start + stop) / 2, x + side / 2], [40, 64], color=MUTED, linewidth=0.8)
+        axes.text(x + side / 2, 74, word["word"], color=INK, fontsize=12, ha="center", va="center")
+        grid = np.asarray(values, dtype=float).reshape(maps["rows"], maps["columns"])
+        axes.imshow(grid, extent=(x, x + side, 84 + side, 84), cmap="cividis", interpolation="none")
+        row, column = np.unravel_index(int(grid.argmax()), grid.shape)
+        centre_x = x + (column + 0.5) * side / maps["columns"]
+        centre_y = 84 + (row + 0.5) * side / maps["rows"]
+        axes.plot(centre_x, centre_y, "x", color="#000000", markersize=7, markeredgewidth=1.6)
+        clock = f"{word['start']:.2f}–{word['end']:.2f} s"
+        axes.text(x + side / 2, 178, clock, color=MUTED, fontsize=10.5, ha="center", va="center")
+    axes.plot([left, left + span], [24, 24], color=MUTED, linewidth=0.8)
+    for second in range(int(end) + 1):
+        x = left + span * second / end
+        axes.plot([x, x], [20, 24], color=MUTED, linewidth=0.8)
+        axes.text(x, 11, f"{second} s", color=MUTED, fontsize=10.5, ha="center", va="center")
+    axes.set_xlim(0, width)
+    axes.set_ylim(196, 0)
+    axes.set_aspect("auto")
+    spoken = " ".join(str(word["word"]) for word in words)
+    return panel.svg(f"Attention of the words “{spoken}”", "One map of image patches a word.")
+
+
+def _forest(
+    study: Study, metric: str, comparisons: list[ArmComparison], limit: float, name: str
+) -> Markup:
+    height = 62 + LINE * max(1, len(comparisons))
+    panel = Panel(name, height, margins=(6, 6, 26, 40))
+    axes = panel.axes
+    axes.set_xlim(-limit, limit)
+    axes.set_ylim(len(comparisons), 0)
+    described = []
+    for index, one in enumerate(comparisons):
+        result = one.result
+        assert result is not None
+        label = arm_label(study, one.arm).removeprefix(f"{study.axis_base}, ")
+        figures = f"{signed(result.difference)} [{signed(result.low)}, {signed(result.high)}]"
+        described.append(f"{one.arm}: {figures}")
+        place = axes.get_yaxis_transform()
+        text: dict[str, Any] = {"va": "center", "fontsize": 11.5, "transform": place, "zorder": 4}
+        axes.text(0, index + 0.2, _shorten(label, 24), color=INK, **text)
+        axes.text(1, index + 0.2, figures, color=INK, ha="right", **text)
+        y = index + 0.62
+        dashes = "-" if one.planned else (0, (2.5, 1))
+        ends = [result.low, result.high]
+        axes.plot(ends, [y, y], color=ARM, linewidth=2.2, linestyle=dashes, zorder=2)
+        axes.scatter(
+            result.per_seed,
+            [y] * len(result.per_seed),
+            s=26,
+            facecolors="none",
+            edgecolors=SEED,
+            linewidths=1.1,
+            zorder=3,
+        )
+        filled = one.separated and metric == METRIC_NAMES[HEADLINE]
+        face = ARM if filled else PAPER
+        axes.plot(result.difference, y, "D", markersize=7.5, mfc=face, mec=ARM, mew=1.8, zorder=4)
+        axes.plot([0, 0], [index + 0.38, index + 0.9], color=INK, linewidth=1, zorder=1)
+        axes.axhline(index + 1, color=GRID, linewidth=0.8, zorder=0)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    panel.labels(_sentence(metric), "difference, percentage points", "")
+    return panel.svg(f"Paired differences in {metric}", "; ".join(described) + ".")
+
+
+def _axis(
+    study: Study,
+    name: str,
+    points: list[tuple[Any, str]],
+    limits: tuple[float, float],
+    identifier: str,
+) -> Markup:
+    panel = Panel(identifier, 250)
+    axes = panel.axes
+    base = study.interval(study.baseline)
+    axes.axhspan(base.low, base.high, color=GRID, zorder=0, linewidth=0)
+    axes.axhline(base.mean, color=BASELINE, linewidth=1.2, dashes=(5, 3), zorder=1)
+    intervals = [study.interval(arm) for _, arm in points]
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value, _ in points):
+        axes.plot([one.mean for one in intervals], color=ARM, linewidth=1.4, zorder=2)
+    described = []
+    for x, ((value, arm), found) in enumerate(zip(points, intervals, strict=True)):
+        axes.plot([x, x], [found.low, found.high], color=ARM, linewidth=2, zorder=3)
+        marker = "s" if arm == study.axis_base else "o"
+        axes.plot(x, found.mean, marker, markersize=7, mfc=ARM, mec=PAPER, mew=1, zorder=5)
+        xs = x + 0.16 + 0.0 * np.asarray(found.per_seed)
+        axes.scatter(
+            xs, found.per_seed, s=20, facecolors="none", edgecolors=SEED, linewidths=1.1, zorder=4
+        )
+        span = f"{number(found.low)} to {number(found.high)}"
+        described.append(f"{value_label(value)}: {number(found.mean)} ({span})")
+    axes.set_xlim(-0.6, len(points) - 0.4)
+    axes.set_ylim(*limits)
+    labels = [_shorten(value_label(value), max(6, 40 // len(points))) for value, _ in points]
+    axes.set_xticks(range(len(points)), labels)
+    title = _sentence(name.replace("_", " "))
+    panel.labels(title, "", "mean R@1, %")
+    return panel.svg(f"Mean R@1 along the axis {name}", "; ".join(described) + ".")
+
+
+def _curves(study: Study, arm: str, name: str) -> list[tuple[list[float], list[float]]]:
+    """Steps and values of each seed; nothing for a seed that has none."""
+    curves = []
+    for run in study.of(arm):
+        points = [point for point in run.record["learning_curve"] if point[name] is not None]
+        if points:
+            curves.append(([point["step"] for point in points], [point[name] for point in points]))
+    return curves
+
+
+def _mean_curve(curves: list[tuple[list[float], list[float]]]) -> tuple[list[float], list[float]]:
+    """The mean at the steps that all seeds have."""
+    if not curves:
+        return [], []
+    values = [dict(zip(steps, ys, strict=True)) for steps, ys in curves]
+    common = sorted(set.intersection(*(set(one) for one in values)))
+    return common, [float(np.mean([one[step] for one in values])) for step in common]
+
+
+def _reach(found: Any) -> tuple[float, ...]:
+    return (found.low, found.high, *found.per_seed)
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """The span of the values with a margin, the same for all panels of a figure."""
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 1.0
+    return max(0.0, low - margin), high + margin
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"

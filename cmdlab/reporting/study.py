@@ -1,0 +1,271 @@
+"""A study as its records tell it: arms, seeds, axes, and the comparisons drawn from their ranks."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmdlab import records
+from cmdlab.errors import InputError
+from cmdlab.evaluation import RankTable, retrieval_metrics
+from cmdlab.statistics import Comparison, Interval, compare, holm, interval
+
+HEADLINE = "mean_R@1"
+BASELINE = "contrastive"  # where no sweep names one
+NOT_AN_AXIS = {"seed", "smoke", "run_folder"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished cell: its folder, its record, and the rank of every test query."""
+
+    folder: Path
+    record: dict[str, Any]
+    ranks: RankTable
+
+    @property
+    def id(self) -> str:
+        return str(self.record["id"])
+
+    @property
+    def arm(self) -> str:
+        return str(self.record["arm"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.record["seed"])
+
+
+@dataclass(frozen=True)
+class LostCell:
+    """A cell that gave no result: `status` is failed or missing, `reason` says why."""
+
+    id: str
+    arm: str
+    seed: int
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ArmComparison:
+    """An arm against the baseline on one metric; `result` is None where `reason` says why not.
+
+    `adjusted_p` is Holm's over the arms of the same family (planned, or the others).
+    """
+
+    arm: str
+    planned: bool
+    seeds: tuple[int, ...]
+    result: Comparison | None = None
+    adjusted_p: float = 1.0
+    reason: str = ""
+
+    @property
+    def separated(self) -> bool:
+        return self.result is not None and self.adjusted_p < 0.05
+
+
+@dataclass(frozen=True)
+class Study:
+    """Finished runs and lost cells of one sweep, the baseline first among the arms."""
+
+    title: str
+    baseline: str
+    arms: tuple[str, ...]
+    runs: tuple[Run, ...]
+    lost: tuple[LostCell, ...]
+    planned: frozenset[str]
+    axis_base: str | None
+    axis_names: tuple[str, ...]
+    chosen_arms: frozenset[str]
+
+    def of(self, arm: str) -> list[Run]:
+        """The finished runs of an arm, in the order of their seeds."""
+        return sorted((run for run in self.runs if run.arm == arm), key=lambda run: run.seed)
+
+    @cached_property
+    def finished_arms(self) -> list[str]:
+        return [arm for arm in self.arms if self.of(arm)]
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        return sorted({run.seed for run in self.runs})
+
+    def interval(self, arm: str, metric: str = HEADLINE) -> Interval:
+        """Mean and 95 % interval over seeds and images of the test gallery."""
+        if (arm, metric) not in self._intervals:
+            self._intervals[arm, metric] = interval([run.ranks for run in self.of(arm)], metric)
+        return self._intervals[arm, metric]
+
+    @cached_property
+    def _intervals(self) -> dict[tuple[str, str], Interval]:
+        return {}
+
+    def validation(self, arm: str) -> float:
+        """Mean R@1 on the validation set, averaged over the seeds."""
+        values = [run.record["metrics"]["validation"]["mean_R@1"] for run in self.of(arm)]
+        return float(np.mean(values))
+
+    @cached_property
+    def best_on_validation(self) -> str | None:
+        """The arm, other than the baseline, with the highest mean R@1 on the validation set."""
+        others = [arm for arm in self.finished_arms if arm != self.baseline]
+        return max(others, key=self.validation, default=None)
+
+    @cached_property
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        return {
+            arm: {
+                name: value
+                for name, value in self.of(arm)[0].record["parameters"].items()
+                if name not in NOT_AN_AXIS
+            }
+            for arm in self.finished_arms
+        }
+
+    @cached_property
+    def axes(self) -> dict[str, list[tuple[Any, str]]]:
+        """Parameter → (value, arm) for the arms that differ from the base arm in it alone."""
+        base = self.axis_base
+        if base not in self.parameters:
+            return {}
+        axes: dict[str, list[tuple[Any, str]]] = {}
+        for arm, parameters in self.parameters.items():
+            own = self.parameters[base]
+            names = sorted(parameters.keys() | own.keys())
+            changed = [name for name in names if parameters.get(name) != own.get(name)]
+            if len(changed) == 1:
+                name = changed[0]
+                axes.setdefault(name, [(own.get(name), base)]).append((parameters.get(name), arm))
+        for points in axes.values():
+            if all(isinstance(value, int | float) for value, _ in points):
+                points.sort(key=lambda point: point[0])
+        named = {name: place for place, name in enumerate(self.axis_names)}
+        return dict(sorted(axes.items(), key=lambda axis: named.get(axis[0], len(named))))
+
+    def comparisons(self, metric: str = HEADLINE) -> list[ArmComparison]:
+        """Every other finished arm against the baseline: same seeds, same queries."""
+        found = [self._compare(arm, metric) for arm in self.finished_arms if arm != self.baseline]
+        adjusted: dict[str, float] = {}
+        for planned in (True, False):
+            family = [one for one in found if one.planned == planned and one.result is not None]
+            p_values = [one.result.p_value for one in family if one.result is not None]
+            names = [one.arm for one in family]
+            adjusted |= dict(zip(names, holm(p_values) if p_values else [], strict=True))
+        return [replace(one, adjusted_p=adjusted.get(one.arm, 1.0)) for one in found]
+
+    def _compare(self, arm: str, metric: str) -> ArmComparison:
+        planned = arm in self.planned
+        controls = {run.seed: run for run in self.of(self.baseline)}
+        treatments = {run.seed: run for run in self.of(arm)}
+        seeds = tuple(sorted(controls.keys() & treatments.keys()))
+        if not seeds:
+            return ArmComparison(arm, planned, (), reason="no seed in common with the baseline")
+        queries = controls[seeds[0]].ranks.speech_image
+        pairs = [
+            run.ranks.speech_image for seed in seeds for run in (controls[seed], treatments[seed])
+        ]
+        corpora = {
+            run.record["corpus"]["content_hash"]
+            for seed in seeds
+            for run in (controls[seed], treatments[seed])
+        }
+        if len(corpora) > 1 or not all(np.array_equal(queries, other) for other in pairs):
+            return ArmComparison(arm, planned, seeds, reason="other test queries than the baseline")
+        result = compare(
+            [treatments[seed].ranks for seed in seeds],
+            [controls[seed].ranks for seed in seeds],
+            metric,
+        )
+        return ArmComparison(arm, planned, seeds, result)
+
+
+def read_study(sources: Sequence[Path], *, title: str | None = None) -> Study:
+    """The study in `sources`: sweep listings, folders of runs, or run folders, as `load_records`.
+
+    The first listing gives title, baseline and axes, and may hold `planned` and
+    `chosen_on_validation`, two lists of arms. Without `planned` every comparison is a planned one.
+    Raises InputError where the baseline has no finished run, ranks contradict their record, or two
+    different runs stand for one arm and seed.
+    """
+    found = records.load_records(sources)
+    listing = found.sweeps[0] if found.sweeps else {}
+    baseline = str(listing.get("baseline") or BASELINE)
+    runs: dict[str, Run] = {}
+    for run in found.done:
+        if run.record["id"] not in runs:  # a cell of two sweeps bears the arm of the first
+            runs[run.record["id"]] = _run(run)
+    lost = {
+        run.record["id"]: LostCell(
+            run.record["id"],
+            run.record["arm"],
+            run.record["seed"],
+            "failed",
+            f"{run.record['error']['type']}: {run.record['error']['message']}",
+        )
+        for run in found.failed
+    } | {
+        cell["id"]: LostCell(cell["id"], cell["arm"], cell["seed"], "missing", "no record")
+        for cell in found.missing
+    }
+    places: dict[tuple[str, int], str] = {}
+    cells: list[Run | LostCell] = [*runs.values(), *lost.values()]
+    for one in cells:
+        other = places.setdefault((one.arm, one.seed), one.id)
+        if other != one.id:
+            raise InputError(
+                f"{one.id}: {one.arm}, seed {one.seed}, is also the place of {other}; "
+                "report one sweep at a time"
+            )
+    if not any(run.arm == baseline for run in runs.values()):
+        raise InputError(
+            f"{', '.join(map(str, sources))}: no finished run of the baseline, {baseline}; run its "
+            "cells, or name another arm as the sweep's baseline"
+        )
+    listed = [str(cell["arm"]) for sweep in found.sweeps for cell in sweep["cells"]]
+    arms = dict.fromkeys([baseline, *listed, *(arm for arm, _ in places)])
+    return Study(
+        title=title or listing.get("title") or "Ablation report",
+        baseline=baseline,
+        arms=tuple(arms),
+        runs=tuple(runs.values()),
+        lost=tuple(lost.values()),
+        planned=frozenset(map(str, listing.get("planned", arms))),
+        axis_base=_axis_base(listing.get("axes") or {}),
+        axis_names=tuple(listing.get("axes") or ()),
+        chosen_arms=frozenset(map(str, listing.get("chosen_on_validation") or [])),
+    )
+
+
+def _axis_base(axes: dict[str, list[dict[str, Any]]]) -> str | None:
+    """The arm that every axis starts from; the other arms of an axis bear its name and value."""
+    for name, points in axes.items():
+        for point in points:
+            if not str(point["arm"]).endswith(f", {name}={point['value']}"):
+                return str(point["arm"])
+    return None
+
+
+def _run(run: records.Run) -> Run:
+    ranks = RankTable.load(run.folder / "ranks.npz")
+    recorded = run.record["metrics"]["test"]["mean_R@1"]
+    counted = retrieval_metrics(ranks)["mean_R@1"]
+    if not math.isclose(recorded, counted, abs_tol=1e-3):
+        raise InputError(
+            f"{run.folder / 'record.json'}: metrics/test/mean_R@1 is {recorded}, but ranks.npz "
+            f"gives {counted:.4f}; run the cell again"
+        )
+    return Run(run.folder, run.record, ranks)
+
+
+def wilson(hits: float, trials: float) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson, 1927), as fractions; `trials` must be positive."""
+    z = 1.959963984540054
+    centre = (hits + z * z / 2) / (trials + z * z)
+    spread = z / (trials + z * z) * math.sqrt(hits * (trials - hits) / trials + z * z / 4)
+    return max(0.0, centre - spread), min(1.0, centre + spread)

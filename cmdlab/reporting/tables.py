@@ -1,0 +1,310 @@
+"""The report's tables: every row names the records that it is drawn from."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from cmdlab.reporting.numbers import ABSENT, count, number, p_value, signed, value_label
+from cmdlab.reporting.page import Column, Row, Table
+from cmdlab.reporting.study import ArmComparison, Run, Study, wilson
+
+DIRECTIONS = {"speech_to_image": "Speech → image", "image_to_speech": "Image → speech"}
+RECALLS = ("R@1", "R@5", "R@10")
+
+
+def main_table(study: Study) -> Table:
+    """Each arm's retrieval results on the test gallery, and the two ceilings."""
+    columns = [Column("Arm", numeric=False), Column("Mean R@1")]
+    for direction, heading in DIRECTIONS.items():
+        sizes = {run.record["metrics"]["test"][direction]["gallery"] for run in study.runs}
+        gallery = " or ".join(f"{size:,}" for size in sorted(sizes))
+        group = f"{heading}, gallery of {gallery}"
+        columns += [Column(name, group) for name in (*RECALLS, "Median", "MRR")]
+    columns.append(Column("Seeds"))
+    rows = []
+    for arm in study.finished_arms:
+        runs = study.of(arm)
+        cells: list[str] = [
+            arm_label(study, arm),
+            _with_interval(study, arm, "mean_R@1", bold=True),
+        ]
+        for direction in DIRECTIONS:
+            cells += [_with_interval(study, arm, f"{direction}/{name}") for name in RECALLS]
+            results = [run.record["metrics"]["test"][direction] for run in runs]
+            cells.append(number(np.mean([result["median_rank"] for result in results])))
+            cells.append(f"{np.mean([result['MRR'] for result in results]):.3f}")
+        links = Markup('<span class="interval">{}</span>').format(record_links(runs))
+        cells.append(Markup("{}{}").format(len(runs), links))
+        rows.append(Row(cells, "baseline" if arm == study.baseline else ""))
+    ceilings = [
+        *_ceiling_rows(study, "ceiling", "All-knowing system (corpus ceiling)"),
+        *_ceiling_rows(study, "text_ceiling", "Text ceiling: text → image, same frozen encoder"),
+    ]
+    return Table(
+        "results-table",
+        "Retrieval on the test gallery. Recalls in percent, mean over the seeds with the 95 % "
+        "interval below it; the pessimistic rank, which counts every tie against the system.",
+        columns,
+        [*rows, *ceilings],
+        "Intervals take the variance of seeds and of images together. Median: the median rank; "
+        "MRR: the mean reciprocal rank; both are means over the seeds. Below the number of seeds "
+        "each seed leads to its record. "
+        + ("† best arm on the validation set. " if study.best_on_validation else "")
+        + _ties(study),
+    )
+
+
+def comparison_table(study: Study, comparisons: Sequence[ArmComparison]) -> Table:
+    """Mean R@1 of each arm minus the baseline's."""
+    rows: list[Row] = []
+    for one in comparisons:
+        kind = "planned" if one.planned else "exploratory"
+        head = Markup('{}<span class="interval">{}</span>')
+        cells: list[str] = [head.format(arm_label(study, one.arm), kind)]
+        if one.result is None:
+            cells += [*[ABSENT] * 4, f"not compared: {one.reason}", ABSENT]
+        else:
+            cells += [
+                signed(one.result.difference),
+                f"{signed(one.result.low)} to {signed(one.result.high)}",
+                p_value(one.result.p_value),
+                p_value(one.adjusted_p),
+                Markup('<span class="verdict">{}</span>').format(_verdict(one)),
+                number(one.result.detectable),
+            ]
+        runs = [run for run in study.of(one.arm) if run.seed in one.seeds]
+        per_seed = [] if one.result is None else [signed(value) for value in one.result.per_seed]
+        rows.append(Row([*cells, record_links(runs, per_seed)]))
+    return Table(
+        "differences-table",
+        f"Mean R@1 on the test set, each arm minus {study.baseline}, in percentage points.",
+        [
+            Column("Arm", numeric=False),
+            Column("Difference"),
+            Column("95 % interval"),
+            Column("p"),
+            Column("p (Holm)"),
+            Column("Against zero", numeric=False),
+            Column("Detectable"),
+            Column("Each seed", numeric=False),
+        ],
+        rows,
+        "p (Holm) is adjusted for all comparisons of the same kind, planned or exploratory, and "
+        "decides at 5 % whether a difference is separated from zero. Intervals are not adjusted. "
+        "Detectable: the smallest true difference that this design would find at 5 % in 80 % of "
+        "the cases. Each seed's difference leads to the arm's record; the baseline's are in the "
+        "table of results.",
+    )
+
+
+def axes_table(study: Study) -> Table:
+    """The points of the dose–response figure."""
+    rows: list[Row] = []
+    for axis, points in study.axes.items():
+        for index, (value, arm) in enumerate(points):
+            cells = [
+                axis.replace("_", " "),
+                value_label(value),
+                arm_label(study, arm),
+                _with_interval(study, arm, "mean_R@1"),
+                record_links(study.of(arm), map(number, study.interval(arm).per_seed)),
+            ]
+            rows.append(Row(cells, "break" if index == 0 and rows else ""))
+    return Table(
+        "axes-table",
+        "Mean R@1 on the test set at each value of each axis, in percent.",
+        [
+            Column("Axis", numeric=False),
+            Column("Value", numeric=False),
+            Column("Arm", numeric=False),
+            Column("Mean R@1"),
+            Column("Each seed", numeric=False),
+        ],
+        rows,
+        "Each seed's value leads to its record.",
+    )
+
+
+def cost_table(study: Study) -> Table:
+    """What each arm costs in training, and what it costs at retrieval time."""
+    rows = []
+    for arm in study.finished_arms:
+        runs = study.of(arm)
+        costs = [run.record["cost"] for run in runs]
+        rows.append(
+            Row(
+                [
+                    arm_label(study, arm),
+                    _spread(costs, "training_seconds", number),
+                    _spread(costs, "steps", lambda steps: f"{steps:,.0f}"),
+                    _spread(costs, "peak_memory_bytes", lambda size: f"{size / 2**20:,.0f}"),
+                    _spread(costs, "trainable_parameters", count),
+                    _spread(costs, "denoiser_parameters", count),
+                    _spread(costs, "inference_parameters", count),
+                    _spread(costs, "inference_flops", count),
+                    _spread(costs, "inference_ms", lambda ms: f"{ms:.2f}"),
+                    record_links(runs),
+                ],
+                "baseline" if arm == study.baseline else "",
+            )
+        )
+    training = ("time, s", "steps", "memory, MiB", "parameters", "denoiser")
+    inference = ("parameters", "FLOPs", "latency, ms")
+    return Table(
+        "cost-table",
+        "Cost of each arm: mean over the seeds, and the range below it where seeds differ.",
+        [
+            Column("Arm", numeric=False),
+            *(Column(name, group="Training") for name in training),
+            *(Column(name, group="Retrieval") for name in inference),
+            Column("Records", numeric=False),
+        ],
+        rows,
+        "Denoiser: those of the parameters that are used in training alone. Memory: the peak, "
+        "memory-mapped features included. "
+        "FLOPs and latency are of one caption. Time, memory and latency were measured on the "
+        "machine named under Provenance, with whatever else it ran.",
+    )
+
+
+def alignment_table(study: Study) -> Table:
+    """Pointing game and foil of each arm that was measured."""
+    rows = []
+    for arm in study.finished_arms:
+        pointing = [(run, _alignment(run, "pointing")) for run in study.of(arm)]
+        foil = [(run, _alignment(run, "foil")) for run in study.of(arm)]
+        measured = [run for run in study.of(arm) if run.record["alignment"]]
+        words = [part for _, part in pointing if part and part["words"]]
+        pairs = [part for _, part in foil if part and part["pairs"]]
+        cells: list[str] = [arm_label(study, arm)]
+        if words:
+            chance = float(np.mean([part["chance"] for part in words]))
+            cells += [
+                _proportion([(part["hits"], part["words"]) for part in words]),
+                f"{100 * chance:.1f}",
+                f"{np.mean([part['words'] for part in words]):,.0f}",
+            ]
+        else:
+            cells += ["not measured", ABSENT, ABSENT]
+        if pairs:
+            ties = float(np.mean([100 * part["ties"] / part["pairs"] for part in pairs]))
+            cells += [
+                _proportion([(part["wins"], part["pairs"]) for part in pairs]),
+                "50.0",
+                f"{ties:.1f}",
+                f"{np.mean([part['pairs'] for part in pairs]):,.0f}",
+            ]
+        else:
+            cells += ["not measured", ABSENT, ABSENT, ABSENT]
+        rows.append(Row([*cells, record_links(measured)]))
+    pointing_group, foil_group = "Pointing game", "Foil"
+    return Table(
+        "alignment-table",
+        "Fine alignment on the test set, in percent, with Wilson's 95 % interval.",
+        [
+            Column("Arm", numeric=False),
+            Column("hits", group=pointing_group),
+            Column("chance", group=pointing_group),
+            Column("words", group=pointing_group),
+            Column("wins", group=foil_group),
+            Column("chance", group=foil_group),
+            Column("ties", group=foil_group),
+            Column("pairs", group=foil_group),
+            Column("Records", numeric=False),
+        ],
+        rows,
+        "Every seed answers the same words and pairs, so the interval is that of one seed's number "
+        "of them, about the mean over the seeds. A tie is not counted as a win.",
+    )
+
+
+def arm_label(study: Study, arm: str) -> str:
+    """The arm's name, with a dagger on the best of the validation set."""
+    chosen = arm == study.best_on_validation or arm in study.chosen_arms
+    return f"{arm} †" if chosen else arm
+
+
+def record_links(runs: Iterable[Run], texts: Iterable[str] | None = None) -> Markup:
+    """Links to the appendix, one a record; their texts are the seeds if no others are given."""
+    runs = list(runs)
+    shown = [str(run.seed) for run in runs] if texts is None else texts
+    links = [
+        Markup('<a href="#record-{0}" title="record {0}, seed {1}">{2}</a>').format(
+            run.id, run.seed, text
+        )
+        for run, text in zip(runs, shown, strict=True)
+    ]
+    return Markup('<span class="records">{}</span>').format(Markup(" ").join(links) or ABSENT)
+
+
+def _verdict(one: ArmComparison) -> str:
+    if not one.separated or one.result is None:
+        return "not separated"
+    return "above" if one.result.difference > 0 else "below"
+
+
+def _with_interval(study: Study, arm: str, metric: str, *, bold: bool = False) -> Markup:
+    found = study.interval(arm, metric)
+    mean = Markup("<b>{}</b>" if bold else "{}").format(number(found.mean))
+    return mean + Markup('<span class="interval">{}–{}</span>').format(
+        number(found.low), number(found.high)
+    )
+
+
+def _ceiling_rows(study: Study, key: str, label: str) -> list[Row]:
+    """One row for each different ceiling among the records; usually one."""
+    texts = [json.dumps(run.record[key], sort_keys=True) for run in study.runs]
+    rows: list[Row] = []
+    for text in dict.fromkeys(texts):
+        ceiling = json.loads(text)
+        if ceiling is None:
+            cells: list[str] = ["not measured", *[ABSENT] * 10]
+        else:
+            both = [ceiling[direction] for direction in DIRECTIONS]
+            cells = [number(sum(part["R@1"] for part in both) / 2)]
+            for part in both:
+                cells += [*(number(part[name]) for name in RECALLS), ABSENT, ABSENT]
+        kind = "reference" if rows or key != "ceiling" else "reference first"
+        rows.append(Row([label, *cells, ABSENT], kind))
+    return rows
+
+
+def _ties(study: Study) -> str:
+    arms = []
+    for arm in study.finished_arms:
+        for direction, heading in DIRECTIONS.items():
+            results = [run.record["metrics"]["test"][direction] for run in study.of(arm)]
+            pessimistic = float(np.mean([result["R@1"] for result in results]))
+            optimistic = float(np.mean([result["optimistic_R@1"] for result in results]))
+            if number(pessimistic) != number(optimistic):
+                arms.append(f"{arm}, {heading.lower()}: {number(optimistic)}")
+    if not arms:
+        return "Ties change no R@1 by as much as a tenth of a point."
+    return f"The optimistic R@1, with ties counted as hits, differs for {'; '.join(arms)}."
+
+
+def _spread(costs: list[dict[str, Any]], key: str, show: Callable[[float], str]) -> str | Markup:
+    values = [cost[key] for cost in costs if cost[key] is not None]
+    if not values:
+        return "not measured"
+    mean, low, high = show(float(np.mean(values))), show(min(values)), show(max(values))
+    if low == high:
+        return mean
+    return Markup('{}<span class="interval">{}–{}</span>').format(mean, low, high)
+
+
+def _alignment(run: Run, key: str) -> dict[str, Any] | None:
+    return (run.record["alignment"] or {}).get(key)
+
+
+def _proportion(parts: list[tuple[float, int]]) -> Markup:
+    """The mean rate over the seeds in percent, with the interval of one seed's trials."""
+    rate = float(np.mean([hits / trials for hits, trials in parts]))
+    trials = float(np.mean([trials for _, trials in parts]))
+    low, high = wilson(rate * trials, trials)
+    return Markup('{}<span class="interval">{}–{}</span>').format(
+        number(100 * rate), number(100 * low), number(100 * high)
+    )

@@ -1,0 +1,374 @@
+"""The ablation report: what it holds, that it can be traced, and that it trusts nobody's text."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bs4 import BeautifulSoup
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cmdlab.errors import InputError
+from cmdlab.evaluation import RankTable
+from cmdlab.reporting import write_report
+from cmdlab.reporting.study import wilson
+
+HOSTILE = "<script>alert(1)</script> & \"quoted\" 'text' $x^{2}$ {{ 7 * 7 }}"
+ELEMENTS = [
+    "The claim",
+    "Retrieval results",
+    "Paired differences",
+    "Dose–response of each axis",
+    "Learning curves",
+    "Cost",
+    "Fine alignment",
+    "Examples and worst failures",
+    "Word × patch maps",
+    "Limits and intended use",
+    "Provenance and records",
+]
+
+
+def read(path: Path) -> BeautifulSoup:
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+def text_of(page: BeautifulSoup, identifier: str) -> str:
+    found = page.find(id=identifier)
+    assert found is not None
+    return " ".join(found.get_text(" ").split())
+
+
+def row(page: BeautifulSoup, table: str, name: str) -> list[Any]:
+    block = page.find(id=table)
+    assert block is not None
+    for line in block.find("tbody").find_all("tr"):
+        if line.find("th").get_text().startswith(name):
+            return line.find_all("td")
+    raise AssertionError(f"no row {name} in {table}")
+
+
+@pytest.fixture(scope="module")
+def runs(make_study, tmp_path_factory) -> Path:
+    return make_study(
+        tmp_path_factory.mktemp("runs"),
+        axes={"rate": [0.1, 0.3, 0.5], "corruption": ["swap", "mask"]},
+        effects={"cmd-image": 0.5, "cmd-image, rate=0.5": -0.7},
+        failed=(("cmd-image, rate=0.1", 2),),
+        missing=(("cmd-image, rate=0.1", 3), ("cmd-image, corruption=mask", 3)),
+    )
+
+
+@pytest.fixture(scope="module")
+def report(runs, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("report") / "report.html"
+    write_report([runs], output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def page(report) -> BeautifulSoup:
+    return read(report)
+
+
+def test_the_eleven_elements_stand_in_order_and_in_the_contents(page):
+    headings = [section.h2.get_text() for section in page.main.find_all("section")]
+    assert [re.sub(r"^\d+ ", "", heading) for heading in headings] == ELEMENTS
+    assert [link.get_text() for link in page.nav.find_all("a")] == ELEMENTS
+
+
+def test_every_link_leads_somewhere_and_every_id_is_unique(page):
+    ids = [element["id"] for element in page.find_all(id=True)]
+    assert len(ids) == len(set(ids))
+    targets = {link["href"] for link in page.find_all("a")}
+    targets |= {use["href"] for use in page.find_all("use")}
+    assert targets <= {f"#{one}" for one in ids}
+    named = " ".join(one["aria-labelledby"] for one in page.find_all(attrs={"aria-labelledby": 1}))
+    assert set(named.split()) <= set(ids)
+
+
+def test_tables_and_figures_are_named_for_every_reader(page):
+    tables, figures = page.find_all("table"), page.find_all("figure")
+    assert len(tables) >= 7
+    assert len(figures) >= 5
+    for table in tables:
+        assert table.caption.get_text().strip()
+        assert all(head.has_attr("scope") for head in table.find_all("th"))
+        widths = {
+            sum(int(cell.get("colspan", 1)) for cell in line.find_all(["td", "th"]))
+            for line in table.tbody.find_all("tr")
+        }
+        assert len(widths) == 1
+    for figure in figures:
+        assert figure.figcaption.get_text().strip()
+        for svg in figure.find_all("svg"):
+            assert svg["role"] == "img"
+            assert svg.title.get_text().strip()
+            assert svg.desc.get_text().strip()
+
+
+def test_a_row_gives_the_mean_of_the_records_that_it_names(page, runs):
+    records = {
+        path.parent.name: json.loads(path.read_text()) for path in runs.glob("*/record.json")
+    }
+    for arm in ("contrastive", "cmd-image †", "cmd-image, rate=0.5"):
+        cells = row(page, "results-table", arm)
+        named = [link["href"].removeprefix("#record-") for link in cells[-1].find_all("a")]
+        found = [records[one]["metrics"]["test"] for one in named]
+        assert {records[one]["arm"] for one in named} == {arm.removesuffix(" †")}
+        assert [records[one]["seed"] for one in named] == [1, 2, 3]
+        expected = [
+            np.mean([one["mean_R@1"] for one in found]),
+            *(np.mean([one["speech_to_image"][f"R@{k}"] for one in found]) for k in (1, 5, 10)),
+            np.mean([one["speech_to_image"]["median_rank"] for one in found]),
+        ]
+        shown = [float(next(cell.stripped_strings)) for cell in cells[:5]]
+        assert shown == pytest.approx(expected, abs=0.0501)
+
+
+def test_the_appendix_lists_every_record(page, runs):
+    finished = [
+        path.parent.name
+        for path in runs.glob("*/record.json")
+        if json.loads(path.read_text())["status"] == "ok"
+    ]
+    listed = [line["id"] for line in page.find(id="records").tbody.find_all("tr")]
+    assert sorted(listed) == sorted(f"record-{one}" for one in finished)
+
+
+def test_both_ceilings_and_the_gallery_are_shown(page):
+    ceiling = row(page, "results-table", "All-knowing")
+    assert [cell.get_text() for cell in ceiling[:4]] == ["93.6", "91.2", "99.8", "100.0"]
+    assert row(page, "results-table", "Text ceiling")[0].get_text() == "56.3"
+    assert "gallery of 60" in text_of(page, "results-table")
+    assert "52.5 %" in text_of(page, "results")
+
+
+def test_the_claim_names_what_got_worse_and_what_was_lost(page):
+    claim = text_of(page, "claim")
+    assert "Asked: Does Cross-Modal Denoising" in claim
+    assert "became worse with cmd-image, rate=0.5" in claim
+    assert "1 cell failed and 2 cells never ran" in claim
+    assert "Not every arm has 5 seeds" in claim
+    limits = text_of(page, "limits")
+    assert "Of 15 cells 12 finished, 1 failed and 2 are missing." in limits
+    assert "FloatingPointError: the loss is NaN" in limits
+
+
+@pytest.mark.parametrize(
+    ("effect", "words", "verdict"),
+    [
+        (0.6, "It is separated from zero.", "above"),
+        (-0.6, "became worse with cmd-image", "below"),
+        (0.0, "points would have been found in 80 % of the cases", "not separated"),
+    ],
+)
+def test_the_claim_follows_the_sign_of_what_was_found(make_study, tmp_path, effect, words, verdict):
+    make_study(tmp_path / "runs", effects={"cmd-image": effect}, examples=False)
+    write_report([tmp_path / "runs"], tmp_path / "report.html")
+    page = read(tmp_path / "report.html")
+    cells = row(page, "differences-table", "cmd-image")
+    assert words in text_of(page, "claim")
+    assert cells[4].get_text() == verdict
+    difference = cells[0].get_text()
+    assert f"the difference is {difference} points" in text_of(page, "claim")
+    assert not (effect < 0) or difference.startswith("−")
+
+
+def test_only_planned_comparisons_share_the_planned_family(make_study, tmp_path):
+    arms = {"contrastive": {"weight": 0.0}, "cmd-image": {}, "cmd-both": {"direction": "both"}}
+    runs = make_study(
+        tmp_path / "runs", arms=arms, listing={"planned": ["cmd-image"]}, examples=False
+    )
+    write_report([runs], tmp_path / "report.html")
+    page = read(tmp_path / "report.html")
+    for arm, kind in (("cmd-image", "planned"), ("cmd-both", "exploratory")):
+        cells = row(page, "differences-table", arm)
+        assert kind in cells[0].parent.th.get_text()
+        assert cells[2].get_text() == cells[3].get_text()  # a family of one needs no correction
+
+
+def test_the_axes_are_the_sweeps_own(page):
+    lines = page.find(id="axes-table").tbody.find_all("tr")
+    shown = [(line.th.get_text(), line.td.get_text()) for line in lines]
+    assert shown == [
+        ("rate", "0.1"),
+        ("rate", "0.3"),
+        ("rate", "0.5"),
+        ("corruption", "swap"),
+        ("corruption", "mask"),
+        ("weight", "0.0"),
+        ("weight", "1.0"),
+    ]
+
+
+def test_the_same_records_give_the_same_bytes(runs, report, tmp_path):
+    write_report([runs], tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_bytes() == report.read_bytes()
+
+
+def test_what_is_not_measured_is_said_to_be_so(make_study, tmp_path):
+    curve = [
+        {
+            "step": 0,
+            "loss": 1.0,
+            "contrastive": 1.0,
+            "denoising": None,
+            "temperature": None,
+            "validation_mean_R@1": None,
+        }
+    ]
+    nothing = {"alignment": None, "ceiling": None, "text_ceiling": None, "learning_curve": curve}
+    make_study(tmp_path / "runs", record=nothing, examples=False, seeds=(1,))
+    write_report([tmp_path / "runs"], tmp_path / "report.html")
+    page = read(tmp_path / "report.html")
+    assert "Not measured" in text_of(page, "alignment")
+    assert "ceiling was not measured" in text_of(page, "results")
+    assert row(page, "results-table", "All-knowing")[0].get_text() == "not measured"
+    assert "No validation result was recorded" in text_of(page, "curves")
+    assert "No examples were recorded" in text_of(page, "examples")
+    assert "No attention maps" in text_of(page, "maps")
+    assert "varies no axis" in text_of(page, "axes")
+
+
+def test_text_of_a_data_set_is_never_markup(make_study, tmp_path):
+    arms = {"contrastive": {"weight": 0.0}, HOSTILE: {"direction": HOSTILE}}
+    make_study(tmp_path / "runs", arms=arms, text=HOSTILE, title=HOSTILE, seeds=(1,))
+    write_report([tmp_path / "runs"], tmp_path / "report.html")
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = read(tmp_path / "report.html")
+    assert "<script" not in source
+    assert not page.find_all("script")
+    assert page.h1.get_text() == HOSTILE
+    assert HOSTILE in text_of(page, "examples")
+    assert HOSTILE in page.find("audio")["aria-label"]
+    assert HOSTILE in text_of(page, "records")
+    assert not [name for tag in page.find_all(True) for name in tag.attrs if name.startswith("on")]
+
+
+def test_nothing_on_the_page_can_leave_it(page, report):
+    for tag in page.find_all(True):
+        for name in ("src", "href", "xlink:href", "srcset", "action", "poster"):
+            assert str(tag.get(name, "#")).startswith(("#", "data:"))
+    policy = page.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'")
+    assert "@import" not in page.style.get_text()
+    assert "url(" not in page.style.get_text()
+    assert report.stat().st_size < 5_000_000
+
+
+def test_the_right_image_is_marked_in_words(page):
+    marked = page.select("#examples .query li.right")
+    assert marked
+    assert all("the right one" in one.get_text() for one in marked)
+    assert all(one.img["alt"].startswith("The right image") for one in marked)
+    lost = [one for one in page.select("#examples .query") if not one.select("li.right")]
+    assert lost
+    assert all("not among these five" in one.get_text() for one in lost)
+
+
+def test_at_most_sixteen_clips(make_study, tmp_path):
+    runs = make_study(tmp_path / "runs", seeds=(1,))
+    for path in runs.glob("*/examples.json"):
+        recorded = json.loads(path.read_text())
+        recorded["queries"] *= 4
+        path.write_text(json.dumps(recorded))
+    write_report([runs], tmp_path / "report.html")
+    page = read(tmp_path / "report.html")
+    assert len(page.find_all("audio")) == 16
+    assert "8 recorded queries do not fit here" in text_of(page, "examples")
+
+
+def outside(folder: Path) -> str:
+    (folder.parent / "secret.png").write_bytes((folder / "examples" / "scene-0.png").read_bytes())
+    return "../secret.png"
+
+
+def a_link(folder: Path) -> str:
+    (folder / "examples" / "link.png").symlink_to("/etc/hostname")
+    return "examples/link.png"
+
+
+def svg(folder: Path) -> str:
+    (folder / "examples" / "image.png").write_text("<svg onload='alert(1)'/>")
+    return "examples/image.png"
+
+
+def nothing_there(folder: Path) -> str:
+    return "examples/absent.png"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (outside, "outside the run's folder"),
+        (a_link, "outside the run's folder"),
+        (svg, "is no PNG"),
+        (nothing_there, "cannot be read"),
+    ],
+)
+def test_a_media_file_that_is_not_its_own_is_refused(make_study, tmp_path, make, words):
+    runs = make_study(tmp_path / "runs", seeds=(1,))
+    for path in runs.glob("*/examples.json"):
+        recorded = json.loads(path.read_text())
+        recorded["queries"][0]["top"][0]["file"] = make(path.parent)
+        path.write_text(json.dumps(recorded))
+    former = tmp_path / "report.html"
+    former.write_text("the former report")
+    with pytest.raises(InputError, match=words):
+        write_report([runs], former)
+    assert former.read_text() == "the former report"
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"RIFF0000WAVEfmt ", "is no mp3"), (b"ID3" + bytes(100), "cannot be decoded")],
+)
+def test_a_clip_that_is_no_mp3_is_refused(make_study, tmp_path, content, words):
+    runs = make_study(tmp_path / "runs", seeds=(1,))
+    for path in runs.glob("*/examples/clip.mp3"):
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        write_report([runs], tmp_path / "report.html")
+
+
+def test_ranks_that_contradict_their_record_are_refused(make_study, tmp_path):
+    runs = make_study(tmp_path / "runs", seeds=(1,), examples=False)
+    path = sorted(runs.glob("*/ranks.npz"))[0]
+    ranks = RankTable.load(path)
+    ranks.speech_greater[:] = 0
+    ranks.save(path)
+    with pytest.raises(InputError, match=r"record\.json: metrics/test/mean_R@1"):
+        write_report([runs], tmp_path / "report.html")
+
+
+def test_a_study_without_its_baseline_is_refused(make_study, tmp_path):
+    runs = make_study(tmp_path / "runs", seeds=(1,), missing=(("contrastive", 1),), examples=False)
+    with pytest.raises(InputError, match="no finished run of the baseline, contrastive"):
+        write_report([runs], tmp_path / "report.html")
+
+
+def test_a_page_too_large_is_refused(runs, tmp_path):
+    with pytest.raises(InputError, match="too many"):
+        write_report([runs], tmp_path / "report.html", title="x" * 5_000_000)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_wilson_interval_known_by_hand():
+    low, high = wilson(10, 20)
+    assert (low, high) == (pytest.approx(0.2993, abs=1e-4), pytest.approx(0.7007, abs=1e-4))
+
+
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_interval_holds_the_proportion_and_stays_within_bounds(counts):
+    hits, trials = counts
+    low, high = wilson(hits, trials)
+    assert 0 <= low <= high <= 1
+    assert low <= hits / trials + 1e-12
+    assert high >= hits / trials - 1e-12
+    assert math.isclose(low, 1 - wilson(trials - hits, trials)[1], abs_tol=1e-9)
