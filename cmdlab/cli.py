@@ -1,0 +1,351 @@
+"""The command line: it reads arguments, calls the library, and turns refusals into one line."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cmdlab.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 1 for benchmarks that found a wrong answer, 2
+    for a refusal, 130 when interrupted.
+
+    Results go to standard output, progress and warnings to standard error.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    chosen = _parser().parse_args(arguments)
+    try:
+        return chosen.run(chosen) or 0
+    except InputError as error:
+        print("cmdlab:", *str(error).split(), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = shlex.join(["cmdlab", *arguments])
+        print(f"cmdlab: stopped; what was finished is kept, go on with: {again}", file=sys.stderr)
+        return 130
+
+
+def _study(chosen: Namespace) -> None:
+    from cmdlab.study import run_study
+
+    run_study(chosen.folder, smoke=chosen.smoke)
+
+
+def _corpus_make(chosen: Namespace) -> None:
+    from cmdlab.corpora.spoken_scenes import make_corpus
+
+    make_corpus(chosen.folder, preset=chosen.preset, seed=chosen.seed, workers=chosen.workers)
+
+
+def _corpus_check(chosen: Namespace) -> None:
+    from cmdlab.corpora.check import check_corpus
+
+    check = check_corpus(chosen.folder, skip_bad=chosen.skip_bad)
+    print(check)
+    if not check.ok:
+        raise InputError(f"{chosen.folder}: not usable as it is; mend what is listed")
+
+
+def _train(chosen: Namespace) -> None:
+    parameters: dict[str, Any] = {}
+    for name, value in chosen.parameters:
+        if name in parameters:
+            raise InputError(f"-p {name} is given twice; give it once")
+        parameters[name] = value
+    from cmdlab.experiment import run_experiment
+
+    result = run_experiment(chosen.corpus, chosen.output, device=chosen.device, **parameters)
+    print(json.dumps(result["metrics"], indent=2))
+
+
+def _sweep(chosen: Namespace) -> None:
+    from cmdlab.sweeps import run_sweep
+
+    done = run_sweep(chosen.file, runs=chosen.runs, workers=chosen.workers, smoke=chosen.smoke)
+    print(f"{done.listing}: {done.done} run, {done.resumed} kept from before, {done.failed} failed")
+    if done.failed:
+        raise InputError(
+            f"{done.listing}: {done.failed} runs failed; see record.json in their folders, mend "
+            "the cause, and give the same command again"
+        )
+
+
+def _report(chosen: Namespace) -> None:
+    from cmdlab.reporting import publish, write_kernel_report, write_report
+
+    if all(path.suffix == ".csv" for path in chosen.runs):
+        write_kernel_report(chosen.runs, chosen.output)
+    elif chosen.keep:
+        publish(chosen.runs, chosen.keep, chosen.output)
+    else:
+        write_report(chosen.runs, chosen.output)
+    print(chosen.output)
+
+
+def _bench(chosen: Namespace) -> int:
+    import importlib
+
+    import cmdlab_kernels
+
+    folder = Path(cmdlab_kernels.__path__[0]).parent / "benchmarks"
+    if not (folder / "bench.py").is_file():
+        raise InputError(
+            f"{folder}: no such folder; the benchmarks come with a clone, run it there"
+        )
+    sys.path.insert(0, str(folder))
+    run_benchmarks = importlib.import_module("bench").run_benchmarks
+    try:
+        right = run_benchmarks(
+            chosen.device, quick=chosen.quick, operations=chosen.operations, output=chosen.output
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return 0 if right else 1
+
+
+def _evaluate(chosen: Namespace) -> None:
+    from cmdlab.evaluation import evaluate_file
+
+    print(json.dumps(evaluate_file(chosen.file, impl=chosen.impl), indent=2, allow_nan=False))
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A refusal in one line, as everywhere, where argparse would print its usage too."""
+        self.exit(2, f"cmdlab: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> ArgumentParser:
+    parser = _Parser(
+        prog="cmdlab",
+        description="Cross-Modal Denoising for speech-image retrieval: corpora, training, sweeps, "
+        "reports.",
+        epilog="Start with `cmdlab study --smoke`. `cmdlab COMMAND --help` tells what a command "
+        "does, gives an example, and says where its output goes. A refusal exits with 2 and one "
+        "line that says what to mend.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    study = _command(
+        commands,
+        "study",
+        _study,
+        "the whole study: make the corpus, train both arms, write the report",
+        """
+        Make the SpokenScenes corpus, compute the frozen encoders' features, train with and without
+        Cross-Modal Denoising, and write one HTML report. It can be stopped at any moment; the same
+        command goes on where it was, and finished runs are never repeated.
+
+        example: cmdlab study --smoke
+        output:  FOLDER, with the report in it; its path is printed at the end
+        """,
+    )
+    study.add_argument("--smoke", action="store_true", help="shrink everything, to see it work")
+    study.add_argument("--folder", type=Path, default=Path("study"), help="default: %(default)s")
+
+    corpus = commands.add_parser("corpus", help="make or check a corpus of spoken captions")
+    kinds = corpus.add_subparsers(metavar="make|check", required=True)
+    make = _command(
+        kinds,
+        "make",
+        _corpus_make,
+        "generate SpokenScenes: drawn scenes, captions spoken by espeak-ng",
+        """
+        Generate SpokenScenes in SpokenCOCO's layout, with the ground truth beside it. The same seed
+        gives the same bytes, whatever the number of workers.
+
+        example: cmdlab corpus make data/default --preset default
+        output:  DIR; `smoke` takes seconds, `default` has 1,000 test images, `large` is the size of
+                 SpokenCOCO
+        """,
+    )
+    make.add_argument("folder", type=Path, metavar="DIR")
+    make.add_argument("--preset", choices=["smoke", "default", "large"], required=True)
+    make.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    make.add_argument(
+        "--workers", type=_positive, default=os.cpu_count(), help="default: all cores"
+    )
+    check = _command(
+        kinds,
+        "check",
+        _corpus_check,
+        "say what is wrong with a corpus, and where",
+        """
+        Check layout, counts, ids, sound and image files of SpokenScenes, SpokenCOCO or Flickr8k
+        Audio. Without --skip-bad a corpus with any bad entry is refused; with it the bad entries
+        are listed and left out.
+
+        example: cmdlab corpus check data/default
+        output:  the findings, on standard output
+        """,
+    )
+    check.add_argument("folder", type=Path, metavar="DIR")
+    check.add_argument("--skip-bad", action="store_true", help="list bad entries and go on")
+
+    train = _command(
+        commands,
+        "train",
+        _train,
+        "train one model",
+        """
+        Train one retrieval model on a corpus and evaluate it. Stopped, it goes on from its last
+        checkpoint when the same command is given again.
+
+        example: cmdlab train --corpus data/default --output runs/mine -p weight=1.0 -p seed=3
+        output:  the folder given by --output: model/, ranks.npz and result.json; the metrics are
+                 printed as JSON
+        """,
+    )
+    train.add_argument("--corpus", type=Path, required=True, metavar="DIR")
+    train.add_argument("--output", type=Path, required=True, metavar="DIR")
+    train.add_argument("--device", default="auto", help="default: a GPU where there is one")
+    train.add_argument(
+        "-p",
+        dest="parameters",
+        type=_parameter,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a parameter from its default; may be repeated",
+    )
+
+    sweep = _command(
+        commands,
+        "sweep",
+        _sweep,
+        "run every cell of a sweep file that has not been run",
+        """
+        Run a notebook once for each arm and seed of a sweep file. It can be killed at any moment:
+        the same command runs only what is missing. A failed cell keeps its traceback, and the
+        sweep goes on.
+
+        example: cmdlab sweep notebooks/sweeps/study.yaml --workers 2
+        output:  one folder a cell under --runs, with its executed notebook and record.json
+        """,
+    )
+    sweep.add_argument("file", type=Path, metavar="FILE", help="a YAML sweep file")
+    sweep.add_argument("--smoke", action="store_true", help="shrink every cell to seconds")
+    sweep.add_argument(
+        "--workers", type=_positive, default=None, help="default: one a GPU, or as the cores allow"
+    )
+    sweep.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s"
+    )
+
+    report = _command(
+        commands,
+        "report",
+        _report,
+        "draw one HTML report from the records of runs",
+        """
+        Draw a report from records alone; neither a corpus nor a GPU is needed. Failed and missing
+        runs are counted in it. From CSV files of `cmdlab bench` the report on the kernels is drawn.
+
+        example: cmdlab report reports/ablation -o ablation.html
+        output:  the file given by -o, which opens offline in any browser; with --keep also a folder
+                 with the records alone, small enough to be published beside it
+        """,
+    )
+    report.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUNS",
+        help="a folder of runs, a sweep's listing (RUNS/sweeps/NAME.json), one run's folder, or "
+        "CSV files of `cmdlab bench`",
+    )
+    report.add_argument("--keep", type=Path, metavar="DIR", help="keep the records there")
+    report.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html")
+
+    bench = _command(
+        commands,
+        "bench",
+        _bench,
+        "time the kernels, each after a check of its correctness",
+        """
+        Time each operation against its alternatives and the ceilings that the machine reaches in
+        the same run. The correctness gate runs first; what fails it gets no speed, and the exit
+        status is 1.
+
+        example: cmdlab bench retrieval_ranks --device cpu --quick
+        output:  a table on standard output, and one long CSV, from which `cmdlab report` draws
+        """,
+    )
+    bench.add_argument(
+        "operations",
+        nargs="*",
+        metavar="OPERATION",
+        help="retrieval_ranks, denoising_attention, info_nce; default: all",
+    )
+    bench.add_argument("--device", choices=["cpu", "cuda"], default=None, help="default: the GPU")
+    bench.add_argument("--quick", action="store_true", help="small shapes only")
+    bench.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=None,
+        metavar="FILE.csv",
+        help="default: reports/kernels/cpu.csv or the GPU's name; none with --quick",
+    )
+
+    evaluate = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "retrieval metrics for the embeddings of any system",
+        """
+        Recall at 1, 5 and 10, median rank and MRR in both directions. Scores are plain dot
+        products; ties count against the system.
+
+        The file needs the keys speech [N, D], image [M, D], speech_image_id [N] and image_id [M];
+        ids are integers or strings. Save it with
+        numpy.savez("mine.npz", speech=..., image=..., speech_image_id=..., image_id=...)
+
+        example: cmdlab evaluate mine.npz
+        output:  one JSON object on standard output
+        """,
+    )
+    evaluate.add_argument("file", type=Path, metavar="FILE.npz")
+    evaluate.add_argument(
+        "--impl", default="auto", help="how the ranks are computed, e.g. reference; default: auto"
+    )
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[Namespace], int | None], summary: str, text: str
+) -> ArgumentParser:
+    """A command with its one-line summary, and a help text that keeps its line breaks."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description="\n".join(line.removeprefix(" " * 8) for line in text.strip("\n").split("\n")),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return number
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; JSON values (a number, true, null) are read as such, others as text."""
+    name, sign, value = text.partition("=")
+    if not sign or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

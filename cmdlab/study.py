@@ -1,0 +1,48 @@
+"""The whole study: corpus, features, sweep, report. Each step is kept, so a second run is quick."""
+
+import sys
+from pathlib import Path
+
+from cmdlab.corpora.spoken_scenes import make_corpus
+from cmdlab.errors import InputError
+from cmdlab.experiment import open_data
+from cmdlab.notebooks import run_notebook
+from cmdlab.sweeps import run_sweep
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+
+
+def run_study(folder: Path, *, smoke: bool = False) -> Path:
+    """Make everything in `folder` and return the report's path, which is printed too.
+
+    smoke: a tiny corpus and a few steps, in a folder of their own beside the real ones.
+    Raises InputError where the notebooks are not at hand.
+    """
+    sweep = NOTEBOOKS / "sweeps" / "study.yaml"
+    if not sweep.is_file():
+        raise InputError(f"{sweep}: no such file; the notebooks come with a clone, run it there")
+    suffix = "-smoke" if smoke else ""
+    corpus, runs = folder / f"corpus{suffix}", folder / f"runs{suffix}"
+    report = folder / f"report{suffix}.html"
+    _say("1/4 the corpus: scenes drawn, captions spoken")
+    make_corpus(corpus, preset="smoke" if smoke else "default")
+    _say("2/4 features of the frozen encoders")
+    open_data(corpus)
+    _say("3/4 training runs")
+    summary = run_sweep(sweep, runs=runs, smoke=smoke, overrides={"corpus": str(corpus)})
+    print(
+        f"{summary.done} run, {summary.resumed} kept from before, {summary.failed} failed",
+        file=sys.stderr,
+    )
+    _say("4/4 the report")
+    run_notebook(
+        NOTEBOOKS / "ablation_report.ipynb",
+        {"runs": str(summary.listing), "report": str(report)},
+        folder / f"ablation_report{suffix}.ipynb",
+    )
+    print(report)
+    return report
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

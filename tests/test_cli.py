@@ -1,0 +1,245 @@
+"""The command line as a user meets it: JSON on standard output, one line for every refusal."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cmdlab.cli import main
+
+COMMANDS = [
+    ["study"],
+    ["corpus", "make"],
+    ["corpus", "check"],
+    ["train"],
+    ["sweep"],
+    ["report"],
+    ["bench"],
+    ["evaluate"],
+]
+
+
+def embeddings(**changes):
+    """Six captions of three images, all found; with some entries changed, or left out if None."""
+    arrays = {
+        "speech": np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2, 2]],
+        "image": np.eye(3, dtype=np.float32),
+        "speech_image_id": np.array([7, 7, 8, 8, 9, 9]),
+        "image_id": np.array([7, 8, 9]),
+    }
+    return {key: array for key, array in (arrays | changes).items() if array is not None}
+
+
+def with_value(array, value):
+    array = array.copy()
+    array[1, 2] = value
+    return array
+
+
+def refusal(arguments, capsys):
+    """The line on standard error of a command that must exit with 2 and print nothing else."""
+    assert main([str(argument) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("cmdlab: ")
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+def test_the_installed_command_prints_one_json_object(tmp_path):
+    np.savez(tmp_path / "mine.npz", **embeddings())
+    command = [Path(sys.executable).with_name("cmdlab"), "evaluate", tmp_path / "mine.npz"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    printed = json.loads(run.stdout)
+    assert list(printed) == ["speech_to_image", "image_to_speech", "mean_R@1"]
+    for direction, queries, gallery in (("speech_to_image", 6, 3), ("image_to_speech", 3, 6)):
+        assert printed[direction] == {
+            "R@1": 100,
+            "R@5": 100,
+            "R@10": 100,
+            "optimistic_R@1": 100,
+            "median_rank": 1,
+            "MRR": 1,
+            "queries": queries,
+            "gallery": gallery,
+        }
+    assert printed["mean_R@1"] == 100
+    assert run.stderr == ""
+
+
+BAD_EMBEDDINGS = {
+    "NaN": ({"speech": with_value(embeddings()["speech"], np.nan)}, "speech: 1 of 6 rows.* row 1"),
+    "infinity": ({"image": with_value(embeddings()["image"], np.inf)}, "image: 1 of 3 rows"),
+    "vector": ({"speech": np.ones(6)}, r"speech has shape \[6\]"),
+    "cube": ({"image": np.ones((3, 3, 1))}, r"image has shape \[3, 3, 1\]"),
+    "two spaces": ({"image": np.eye(3, 4)}, "speech has 3 dimensions and image 4"),
+    "no captions": (
+        {"speech": np.ones((0, 3)), "speech_image_id": np.ones(0, int)},
+        r"speech has shape \[0, 3\]",
+    ),
+    "no dimensions": ({"speech": np.ones((6, 0)), "image": np.ones((3, 0))}, r"\[6, 0\]"),
+    "complex": ({"speech": np.ones((6, 3), complex)}, "speech holds complex128"),
+    "text": ({"speech": np.full((6, 3), "1")}, "speech holds <U1"),
+    "too few ids": ({"speech_image_id": np.array([7, 8, 9])}, r"speech_image_id has shape \[3\]"),
+    "id column": ({"image_id": np.array([[7], [8], [9]])}, r"image_id has shape \[3, 1\]"),
+    "float ids": ({"image_id": np.array([7.0, 8.0, 9.0])}, "image_id holds float64"),
+    "unlike ids": ({"image_id": np.array(["7", "8", "9"])}, "both must be integers"),
+    "huge id": (
+        {"image_id": np.array([7, 8, 2**64 - 1], np.uint64)},
+        "image_id holds 18446744073709551615",
+    ),
+    "caption without image": (
+        {"speech_image_id": np.array([7, 7, 8, 8, 9, 5])},
+        "speech_image_id: 1 captions have no image, the first is of 5",
+    ),
+    "image without caption": (
+        {"speech_image_id": np.array([7, 7, 8, 8, 8, 8])},
+        "image_id: 1 images have no caption, the first is 9",
+    ),
+    "repeated image": ({"image_id": np.array([7, 8, 7])}, "image_id: 7 occurs more than once"),
+    "missing key": ({"image_id": None}, "image_id is missing"),
+    "overflow": ({"speech": np.full((6, 3), 1e200), "image": np.full((3, 3), 1e200)}, "finite"),
+    "pickle": ({"speech": np.array([[None] * 3] * 6)}, "speech cannot be read .*pickle"),
+}
+
+
+@pytest.mark.parametrize(("changes", "line"), BAD_EMBEDDINGS.values(), ids=BAD_EMBEDDINGS)
+def test_evaluate_refuses_bad_embeddings(tmp_path, capsys, changes, line):
+    np.savez(tmp_path / "bad.npz", **embeddings(**changes))
+    message = refusal(["evaluate", tmp_path / "bad.npz"], capsys)
+    assert message.startswith(f"cmdlab: {tmp_path / 'bad.npz'}: ")
+    assert re.search(line, message)
+
+
+def cut_in_half(path):
+    np.savez(path, **embeddings())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def with_a_flipped_byte(path):
+    np.savez_compressed(path, **embeddings())
+    with zipfile.ZipFile(path) as file:
+        start = file.getinfo("speech.npy").header_offset
+    content = bytearray(path.read_bytes())
+    content[start + 70] ^= 0xFF  # inside the compressed array
+    path.write_bytes(content)
+
+
+def with_a_text_for_an_array(path):
+    with zipfile.ZipFile(path, "w") as file:
+        for key in embeddings():
+            file.writestr(key, "no array")
+
+
+def claiming_more_than_memory(path):
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 1000000), }"
+    header += b" " * (-(len(header) + 11) % 64) + b"\n"
+    with zipfile.ZipFile(path, "w") as file:
+        for key in embeddings():
+            file.writestr(
+                f"{key}.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+            )
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: None,
+        lambda path: path.mkdir(),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("speech,image\n1,2\n"),
+        lambda path: path.write_bytes(np.lib.format.magic(1, 0)),
+        cut_in_half,
+        with_a_flipped_byte,
+        with_a_text_for_an_array,
+        claiming_more_than_memory,
+    ],
+    ids=["none", "folder", "empty", "text", "npy", "cut", "flipped", "no array", "enormous"],
+)
+def test_evaluate_refuses_a_file_that_is_no_sound_npz(tmp_path, capsys, write):
+    path = tmp_path / "bad.npz"
+    write(path)
+    assert refusal(["evaluate", path], capsys).startswith(f"cmdlab: {path}: ")
+
+
+def test_evaluate_never_unpickles(tmp_path, capsys):
+    class Mine:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "opened"),))
+
+    speech = np.empty((6, 3), object)
+    speech[:] = Mine()
+    np.savez(tmp_path / "bad.npz", **embeddings(speech=speech))
+    refusal(["evaluate", tmp_path / "bad.npz"], capsys)
+    assert not (tmp_path / "opened").exists()
+
+
+def test_an_unknown_implementation_is_refused(tmp_path, capsys):
+    np.savez(tmp_path / "mine.npz", **embeddings())
+    message = refusal(["evaluate", tmp_path / "mine.npz", "--impl", "magic"], capsys)
+    assert "'magic'" in message
+    assert "reference" in message
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_gives_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*command, "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert "\noutput:  " in text
+    [example] = [line for line in text.splitlines() if line.startswith("example: ")]
+    words = example.removeprefix("example: cmdlab ").split()
+    assert words[: len(command)] == command
+    # Asked for help at its end, the example is read up to there and not run.
+    with pytest.raises(SystemExit) as exit:
+        main([*words, "--help"])
+    assert exit.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ([], "cmdlab --help"),
+        (["retrain"], "cmdlab --help"),
+        (["evaluate"], "cmdlab evaluate --help"),
+        (["corpus"], "cmdlab corpus --help"),
+        (["corpus", "make", "data", "--preset", "tiny"], "cmdlab corpus make --help"),
+        (["sweep", "study.yaml", "--workers", "0"], "cmdlab sweep --help"),
+        (["train", "--corpus", "a", "--output", "b", "-p", "weight"], "cmdlab train --help"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_that_points_to_the_help(arguments, hint, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("cmdlab: ")
+    assert line.endswith(f"see {hint}\n")
+    assert line.count("\n") == 1
+
+
+def test_a_parameter_given_twice_is_refused(capsys):
+    arguments = ["train", "--corpus", "a", "--output", "b", "-p", "seed=1", "-p", "seed=2"]
+    assert "-p seed is given twice" in refusal(arguments, capsys)
+
+
+def test_a_folder_without_a_corpus_is_refused(tmp_path, capsys):
+    assert str(tmp_path) in refusal(["corpus", "check", tmp_path], capsys)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(path, *, impl):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cmdlab.evaluation.evaluate_file", interrupted)
+    assert main(["evaluate", "my file.npz"]) == 130
+    line = capsys.readouterr().err
+    assert line.endswith("go on with: cmdlab evaluate 'my file.npz'\n")
+    assert line.count("\n") == 1
