@@ -18,6 +18,7 @@ test: .venv/installed ## format, lint, types and all tests (10 minutes on two co
 
 bench: .venv/installed ## the kernels against their peers, on the GPU where there is one
 	$(BIN)/cmdlab bench
+	$(BIN)/cmdlab report reports/kernels/*.csv -o reports/kernels.html
 
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("cmdlab needs Python 3.11 or newer: make PYTHON=python3.12")'

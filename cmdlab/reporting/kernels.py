@@ -137,16 +137,18 @@ def _groups(timings: Sequence[Timing], operation: str) -> dict[tuple[str, str], 
     }
 
 
+def _largest(timings: Sequence[Timing], operation: str) -> dict[str, tuple[str, list[Timing]]]:
+    """For each mode the largest shape and its timings: sizes come in ascending order."""
+    return {m: (shape, group) for (m, shape), group in _groups(timings, operation).items()}
+
+
 def _found(timings: Sequence[Timing], devices: Sequence[str]) -> Markup:
     """One sentence for the largest size of each operation, mode and device."""
     sentences = []
     for device in devices:
         own = [timing for timing in timings if timing.device == device]
         for operation, title in TITLES.items():
-            largest: dict[str, list[Timing]] = {}
-            for (mode, _), group in _groups(own, operation).items():
-                largest[mode] = group  # sizes come in ascending order
-            for mode, group in largest.items():
+            for mode, (_, group) in _largest(own, operation).items():
                 ours = next(timing for timing in group if timing.provider == OURS)
                 peers = sorted((t for t in group if t.is_peer), key=lambda timing: timing.p50)
                 if not peers:
@@ -294,18 +296,19 @@ def _ranking(title: str, group: Sequence[Timing], key: str, name: str) -> Markup
 
 def _roofline(timings: Sequence[Timing], reached: dict[str, float], name: str) -> Figure:
     """Operations a second against operations a byte, at the largest size of each operation."""
-    panel = Panel(name, 400, width=620, margins=(58, 14, 46, 46))
+    points = []
+    for operation, title in TITLES.items():
+        for mode, (shape, group) in _largest(timings, operation).items():
+            ours = next(timing for timing in group if timing.provider == OURS)
+            peer = min((t for t in group if t.is_peer), key=lambda t: t.p50, default=None)
+            points.append((f"{title}, {mode}, {_written(shape)}", ours, peer))
+    legend = 17 * len(points)
+    panel = Panel(name, 350 + legend, width=620, margins=(58, 14, 46, 62 + legend))
     axes = panel.axes
     axes.set_xscale("log")
     axes.set_yscale("log")
     _label_ticks(axes.xaxis, lambda value: f"{value:,.0f}")
     _label_ticks(axes.yaxis, count)
-    points = []
-    for operation, title in TITLES.items():
-        for (mode, shape), group in _groups(timings, operation).items():
-            ours = next(timing for timing in group if timing.provider == OURS)
-            peer = min((t for t in group if t.is_peer), key=lambda t: t.p50, default=None)
-            points.append((f"{title}, {mode}, {_written(shape)}", ours, peer))
     intensities = [ours.flops / ours.bytes for _, ours, _ in points]
     span = [min(intensities) / 3, max(intensities) * 3]
     steps = [span[0] * (span[1] / span[0]) ** (i / 100) for i in range(101)]
@@ -325,7 +328,15 @@ def _roofline(timings: Sequence[Timing], reached: dict[str, float], name: str) -
         if peer is not None:
             rate = peer.flops / peer.p50
             axes.plot(intensity, rate, marker, mfc=PAPER, mec=BASELINE, mew=1.4, markersize=8)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=10.5, loc="lower right", labelspacing=0.3)
+    axes.legend(
+        frameon=False,
+        labelcolor=INK,
+        fontsize=10.5,
+        loc="upper left",
+        bbox_to_anchor=(-0.1, -48 / 242),
+        borderaxespad=0,
+        labelspacing=0.35,
+    )
     axes.set_xlim(*span)
     panel.labels("Roofline", "operations a byte that must be moved", "operations a second")
     return Figure(

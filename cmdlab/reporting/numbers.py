@@ -21,7 +21,7 @@ def p_value(value: float) -> str:
 
 def count(value: float) -> str:
     """Large counts with their magnitude: 1.34 M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:.0f}"
