@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def test_a_stored_notebook_runs_in_smoke_mode(notebook, smoke_corpus, tmp_path, 
             parameters[name] = str(folder)
     if "report" in known:
         parameters["report"] = str(tmp_path / "report.html")
+    if "runs" in known:
+        write_study = runpy.run_path(str(ROOT / "tests" / "reporting" / "conftest.py"))[
+            "write_study"
+        ]
+        parameters["runs"] = str(write_study(tmp_path / "runs"))
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     executed = tmp_path / "executed.ipynb"

@@ -1,0 +1,42 @@
+"""What is published: every number of README and reports/ comes from a record in the repository."""
+
+import json
+import re
+from pathlib import Path
+
+from bs4 import BeautifulSoup
+
+from cmdlab.encoders import WEIGHTS
+from cmdlab.reporting import write_kernel_report
+
+ROOT = Path(__file__).parents[1]
+REPORTS = ROOT / "reports"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def text(page: Path) -> list[str]:
+    soup = BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser")
+    return soup.get_text(" ").split()
+
+
+def test_the_published_kernel_report_is_the_one_its_files_give(tmp_path):
+    write_kernel_report(sorted((REPORTS / "kernels").glob("*.csv")), tmp_path / "again.html")
+    assert text(tmp_path / "again.html") == text(REPORTS / "kernels.html")
+
+
+def test_the_readme_leads_nowhere_that_is_not_there():
+    targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
+    local = [target for target in targets if "://" not in target]
+    assert local
+    assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_the_model_card_gives_the_numbers_of_its_record():
+    card = (WEIGHTS / "MODEL_CARD.md").read_text(encoding="utf-8")
+    record = json.loads((WEIGHTS / "training.json").read_text())
+    last = record["image"]["held_out"][-1]
+    for value in (last["R@1"], last["R@10"], record["speech"]["held_out"][-1]["words"]):
+        assert f"{value:.1f} %" in card
+    for part in ("image", "speech"):
+        assert f"{record[part]['steps']:,} steps" in card
+        assert f"{record[part]['seconds'] / 60:.0f} minutes" in card
