@@ -20,7 +20,7 @@ from cmdlab.evaluation import RankTable
 from cmdlab.experiment import Data
 from cmdlab.model import RetrievalModel
 from cmdlab.records import write_json
-from cmdlab.training import embed
+from cmdlab.training import embed_images, embed_speech
 
 RANDOM, FAILURES, TOP = 8, 8, 5
 CHOICE_SEED = 20_24
@@ -29,18 +29,22 @@ LONGEST = 4.0  # seconds of a clip
 
 def write_examples(data: Data, model: RetrievalModel, run_folder: Path) -> None:
     """Write examples.json and examples/ (mp3 clips, png pictures) into the run's folder."""
-    model.eval()
-    speech, image = embed(model, data.test, "cpu")
     ranks = RankTable.load(run_folder / "ranks.npz").ranks("speech_to_image")
     chosen = np.random.default_rng(CHOICE_SEED).choice(
         len(ranks), min(RANDOM, len(ranks)), replace=False
     )
     worst = [i for i in np.argsort(-ranks, kind="stable") if i not in chosen][:FAILURES]
     (run_folder / "examples").mkdir(exist_ok=True)
+    shown = [*chosen.tolist(), *map(int, worst)]
+    speech = embed_speech(model, data.test, shown, "cpu")
+    image = embed_images(model, data.test, range(len(data.test.image)), "cpu")
+    model.eval()
     queries = [
-        _query(data, model, run_folder, kind, int(caption), int(ranks[caption]), speech, image)
-        for kind, captions in (("random", chosen), ("failure", worst))
-        for caption in captions
+        _query(
+            *(data, model, run_folder, "random" if i < len(chosen) else "failure"),
+            *(caption, int(ranks[caption]), image @ speech[i]),
+        )
+        for i, caption in enumerate(shown)
     ]
     write_json(run_folder / "examples.json", {"queries": queries})
 
@@ -52,8 +56,7 @@ def _query(
     kind: str,
     index: int,
     rank: int,
-    speech: torch.Tensor,
-    image: torch.Tensor,
+    scores: torch.Tensor,
 ) -> dict[str, Any]:
     corpus = data.test.corpus
     caption = corpus.captions[index]
@@ -62,7 +65,6 @@ def _query(
     aside = run_folder / f"{clip}.part"
     soundfile.write(aside, waveform, SAMPLE_RATE, format="MP3")
     os.replace(aside, run_folder / clip)
-    scores = image @ speech[index]
     own = int(data.test.image_index[index])
     best = scores.argsort(descending=True, stable=True)[:TOP].tolist()
     top = [

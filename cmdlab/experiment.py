@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cmdlab.alignment import foil_test, pointing_game
-from cmdlab.corpora.corpus import load_corpus
+from cmdlab.corpora.corpus import SPLITS, Corpus, load_corpus
 from cmdlab.corpora.ground_truth import (
     GroundTruth,
     corpus_ceiling,
@@ -22,7 +22,7 @@ from cmdlab.corpora.ground_truth import (
 )
 from cmdlab.denoising import Denoising
 from cmdlab.encoders import IMAGE, SPEECH, TEXT, Hearing, fingerprint
-from cmdlab.encoders.store import Features, FeatureStore, open_features, open_store
+from cmdlab.encoders.store import Features, FeatureStore, open_stores
 from cmdlab.errors import InputError
 from cmdlab.evaluation import rank_table, retrieval_metrics
 from cmdlab.model import RetrievalModel
@@ -60,25 +60,33 @@ def open_data(
     """
     folder = features or corpus.with_name(corpus.name + ".features")
     hearing = hearing or Hearing()
-    options: dict[str, Any] = {"hearing": hearing, "workers": workers}
-    splits = {
-        split: open_features(load_corpus(corpus, split), folder, **options)
-        for split in ("train", "val", "test")
-    }
-    test = splits["test"].corpus
-    truth = read_ground_truth(test)
-    foils = read_foils(test)
+    corpora = [load_corpus(corpus, split) for split in SPLITS]
+    test = corpora[-1]
+    truth, foils = read_ground_truth(test), read_foils(test)
+    wanted = [(split, encoder) for split in corpora for encoder in (SPEECH, IMAGE)]
+    wanted += [(test, TEXT)] if truth else []
+    wanted += [(foils.corpus, SPEECH)] if foils else []
+    stores = iter(open_stores(wanted, folder, hearing=hearing, workers=workers))
+    training, validation, held_out = (
+        Features(split, next(stores), next(stores), _image_index(split)) for split in corpora
+    )
     row = {caption.id: i for i, caption in enumerate(test.captions)}
     return Data(
-        splits["train"],
-        splits["val"],
-        splits["test"],
-        open_store(test, TEXT, folder, **options) if truth else None,
+        training,
+        validation,
+        held_out,
+        next(stores) if truth else None,
         truth,
-        open_store(foils.corpus, SPEECH, folder, **options) if foils else None,
+        next(stores) if foils else None,
         [row[caption] for caption in foils.of] if foils else [],
         hearing,
     )
+
+
+def _image_index(corpus: Corpus) -> torch.Tensor:
+    """For each caption the place of its image, int64 [captions]."""
+    row = {image.id: i for i, image in enumerate(corpus.images)}
+    return torch.tensor([row[caption.image_id] for caption in corpus.captions])
 
 
 def run_experiment(

@@ -8,6 +8,7 @@ batches from the same initial heads.
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Training:
     """The recipe of a run. `weight` 0 is contrastive training alone: no denoiser is made."""
 
     seed: int = 1
-    steps: int = 400
+    steps: int = 300
     batch_size: int = 128
     learning_rate: float = 1e-2
     warm_up: int = 50  # steps; then linear decay to zero
@@ -148,24 +149,53 @@ def make_batch(features: Features, captions: Tensor, device: str) -> Batch:
     return Batch(*(tensor.to(device) for tensor in batch))
 
 
-@torch.inference_mode()
 def embed(
     model: RetrievalModel, features: Features, device: str, batch_size: int = 250
 ) -> tuple[Tensor, Tensor]:
     """Embeddings of every caption [N, D] and every image [M, D], float32 on the CPU."""
+    captions, images = range(len(features.speech)), range(len(features.image))
+    return (
+        embed_speech(model, features, captions, device, batch_size),
+        embed_images(model, features, images, device, batch_size),
+    )
+
+
+@torch.inference_mode()
+def embed_speech(
+    model: RetrievalModel,
+    features: Features,
+    captions: Sequence[int],
+    device: str,
+    batch_size: int = 250,
+) -> Tensor:
+    """Embeddings of some captions [n, D], float32 on the CPU."""
     model.eval()
-    speech, image = [], []
-    for first in range(0, len(features.speech), batch_size):
-        rows = range(first, min(first + batch_size, len(features.speech)))
-        states, lengths = features.speech.tokens(rows)
-        speech.append(model.speech_head(states.to(device), lengths.to(device))[1].cpu())
-    for first in range(0, len(features.image), batch_size):
-        rows = range(first, min(first + batch_size, len(features.image)))
-        patches, _ = features.image.tokens(rows)
-        frozen = features.image.embeddings[first : first + batch_size]
-        image.append(model.image_head(patches[:, 0].to(device), frozen.to(device))[1].cpu())
+    parts = []
+    for first in range(0, len(captions), batch_size):
+        states, lengths = features.speech.tokens(captions[first : first + batch_size])
+        parts.append(model.speech_head(states.to(device), lengths.to(device))[1].cpu())
     model.train()
-    return torch.cat(speech), torch.cat(image)
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def embed_images(
+    model: RetrievalModel,
+    features: Features,
+    images: Sequence[int],
+    device: str,
+    batch_size: int = 250,
+) -> Tensor:
+    """Embeddings of some images [m, D], float32 on the CPU."""
+    model.eval()
+    parts = []
+    for first in range(0, len(images), batch_size):
+        rows = images[first : first + batch_size]
+        patches, _ = features.image.tokens(rows)
+        frozen = features.image.embeddings[torch.as_tensor(rows)]
+        parts.append(model.image_head(patches[:, 0].to(device), frozen.to(device))[1].cpu())
+    model.train()
+    return torch.cat(parts)
 
 
 def rank(model: RetrievalModel, features: Features, device: str = "cpu") -> RankTable:

@@ -19,7 +19,7 @@ from cmdlab.errors import InputError
 
 WEIGHTS = Path(__file__).parent / "weights"
 IMAGE, SPEECH, TEXT = "tiny-image", "tiny-speech", "tiny-text"
-BATCH = 32
+BATCH = 16  # what stays in a core's cache
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cmdlab.corpora.corpus import Caption, Corpus, Image
-from cmdlab.encoders import IMAGE, SPEECH, Hearing, encode, fingerprint
+from cmdlab.encoders import IMAGE, Hearing, encode, fingerprint
 from cmdlab.errors import InputError
 
 CHUNK = 250  # items
@@ -65,73 +65,74 @@ class Features:
     image_index: Tensor  # int64 [captions]
 
 
-def open_features(
-    corpus: Corpus, folder: Path, *, hearing: Hearing, workers: int | None = None
-) -> Features:
-    """The features of one split by the tiny encoders, computed where they are not there yet."""
-    row = {image.id: i for i, image in enumerate(corpus.images)}
-    return Features(
-        corpus,
-        open_store(corpus, SPEECH, folder, hearing=hearing, workers=workers),
-        open_store(corpus, IMAGE, folder, hearing=hearing, workers=workers),
-        torch.tensor([row[caption.image_id] for caption in corpus.captions]),
-    )
-
-
-def open_store(
-    corpus: Corpus,
-    encoder: str,
+def open_stores(
+    wanted: Sequence[tuple[Corpus, str]],
     folder: Path,
     *,
     hearing: Hearing,
     workers: int | None = None,
-) -> FeatureStore:
-    """The store of one encoder and split under `folder`: built, completed or just opened.
+) -> list[FeatureStore]:
+    """The stores of some splits and encoders under `folder`: built, completed or just opened.
 
-    All cores work on it (`workers` processes otherwise), with a progress bar on standard error.
-    Raises InputError for a damaged chunk, and for media that cannot be read, naming it; what was
-    encoded before is kept.
+    All cores work on what is missing of any (`workers` processes otherwise), with one progress bar
+    on standard error. Raises InputError for a damaged chunk, and for media that cannot be read,
+    naming it; what was encoded before is kept.
     """
-    identity = {
-        **fingerprint(encoder, hearing),
-        "corpus": corpus.content_hash,
-        "split": corpus.split,
-        "chunk": CHUNK,
-    }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / f"{encoder}-{corpus.split}-{digest}"
-    items = corpus.images if encoder == IMAGE else corpus.captions
-    chunks = -(-len(items) // CHUNK)
-    missing = [i for i in range(chunks) if not (path / f"{i:05d}").is_dir()]
-    if missing:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "store.json").write_text(json.dumps(identity, indent=1) + "\n")
-        _build(path, encoder, items, missing, hearing, workers or os.cpu_count() or 1)
-    store = FeatureStore(path, chunks)
-    if len(store) != len(items):
-        raise InputError(
-            f"{path}: holds {len(store)} items, not {len(items)}; remove it, it is computed again"
-        )
-    return store
+    paths, parts = [], []
+    done = 0
+    for corpus, encoder in wanted:
+        identity = {
+            **fingerprint(encoder, hearing),
+            "corpus": corpus.content_hash,
+            "split": corpus.split,
+            "chunk": CHUNK,
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        path = folder / f"{encoder}-{corpus.split}-{digest}"
+        paths.append(path)
+        items = _items(corpus, encoder)
+        missing = [i for i in range(_chunks(items)) if not (path / f"{i:05d}").is_dir()]
+        if missing:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "store.json").write_text(json.dumps(identity, indent=1) + "\n")
+        own = [(path, i, encoder, items[i * CHUNK : (i + 1) * CHUNK]) for i in missing]
+        done += len(items) - sum(len(part[3]) for part in own)
+        parts += own
+    if parts:
+        _build(parts, done, hearing, workers or os.cpu_count() or 1)
+    stores = []
+    for path, (corpus, encoder) in zip(paths, wanted, strict=True):
+        items = _items(corpus, encoder)
+        store = FeatureStore(path, _chunks(items))
+        if len(store) != len(items):
+            raise InputError(
+                f"{path}: holds {len(store)} items, not {len(items)}; remove it, it is computed "
+                "again"
+            )
+        stores.append(store)
+    return stores
 
 
-def _build(
-    path: Path,
-    encoder: str,
-    items: Sequence[Caption] | Sequence[Image],
-    missing: list[int],
-    hearing: Hearing,
-    workers: int,
-) -> None:
-    parts = {i: items[i * CHUNK : (i + 1) * CHUNK] for i in missing}
-    done = len(items) - sum(map(len, parts.values()))
-    bar = tqdm(total=len(items), initial=done, desc=path.name[:-17], unit=" items", leave=False)
+def _items(corpus: Corpus, encoder: str) -> Sequence[Caption] | Sequence[Image]:
+    return corpus.images if encoder == IMAGE else corpus.captions
+
+
+def _chunks(items: Sequence[Caption] | Sequence[Image]) -> int:
+    return -(-len(items) // CHUNK)
+
+
+Part = tuple[Path, int, str, Sequence[Caption] | Sequence[Image]]  # store, chunk, encoder, items
+
+
+def _build(parts: list[Part], done: int, hearing: Hearing, workers: int) -> None:
+    total = done + sum(len(part[3]) for part in parts)
+    bar = tqdm(total=total, initial=done, desc="features", unit=" items", leave=False)
     if len(parts) == 1:  # quicker done here than a process is started
         threads = torch.get_num_threads()
         _one_thread()
         try:
             with bar:
-                bar.update(_write_chunk(path, missing[0], encoder, parts[missing[0]], hearing))
+                bar.update(_write_chunk(*parts[0], hearing))
         finally:
             torch.set_num_threads(threads)
         return
@@ -140,10 +141,7 @@ def _build(
     )
     with bar:
         try:
-            futures = [
-                pool.submit(_write_chunk, path, i, encoder, part, hearing)
-                for i, part in parts.items()
-            ]
+            futures = [pool.submit(_write_chunk, *part, hearing) for part in parts]
             for future in as_completed(futures):
                 bar.update(future.result())
         finally:

@@ -183,7 +183,7 @@ class TinySpeechEncoder(nn.Module):
         x = torch.stft(
             waveform, WINDOW, HOP, window=self.window, pad_mode="constant", return_complex=True
         )
-        x = x.abs().square().transpose(1, 2) @ self.filters
+        x = (x.real.square() + x.imag.square()).transpose(1, 2) @ self.filters
         x = (x + 1e-6).log().transpose(1, 2)  # [batch, bands, frames]
         lengths = lengths // HOP + 1
         kept = ~padding_mask(lengths, x.shape[2])[:, None]

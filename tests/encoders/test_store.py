@@ -13,7 +13,7 @@ from PIL import Image as Picture
 from cmdlab import encoders
 from cmdlab.corpora.corpus import Corpus, load_corpus
 from cmdlab.encoders import IMAGE, SPEECH, TEXT, Hearing, encode, fingerprint, store
-from cmdlab.encoders.store import open_store
+from cmdlab.encoders.store import FeatureStore, open_stores
 from cmdlab.errors import InputError
 
 HEARING = Hearing()
@@ -26,6 +26,11 @@ def corpus(smoke_corpus: Path) -> Corpus:
     """Eight images and eight captions of the smoke corpus."""
     whole = load_corpus(smoke_corpus, "val")
     return replace(whole, images=whole.images[:ITEMS], captions=whole.captions[:ITEMS])
+
+
+def open_store(corpus: Corpus, encoder: str, folder: Path, **options) -> FeatureStore:
+    (store,) = open_stores([(corpus, encoder)], folder, **options)
+    return store
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,6 +89,15 @@ def test_speech_is_ragged_and_the_same_for_any_number_of_workers(corpus, tmp_pat
     for row, length in zip(tokens, lengths.tolist(), strict=True):
         assert (row[:, length:] == 0).all()
         assert (row[:, :length] != 0).any(dim=(0, 2)).all()
+
+
+def test_several_stores_are_opened_in_the_order_asked_for(corpus, built, tmp_path):
+    wanted = [(corpus, TEXT), (corpus, IMAGE)]
+    text, image = open_stores(wanted, tmp_path, hearing=HEARING, workers=2)
+    alone = open_store(corpus, IMAGE, built, hearing=HEARING)
+    assert torch.equal(image.embeddings, alone.embeddings)
+    assert text.embeddings.shape == image.embeddings.shape
+    assert not torch.equal(text.embeddings, image.embeddings)
 
 
 def test_a_half_built_store_is_completed(copied, corpus):
