@@ -1,13 +1,15 @@
 """What is published: every number of README and reports/ comes from a record in the repository."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
 
+import pytest
 from bs4 import BeautifulSoup
 
 from cmdlab.encoders import WEIGHTS
-from cmdlab.reporting import write_kernel_report
+from cmdlab.reporting import write_kernel_report, write_report
 
 ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "reports"
@@ -19,9 +21,21 @@ def text(page: Path) -> list[str]:
     return soup.get_text(" ").split()
 
 
+@pytest.mark.parametrize("name", ["study"])
+def test_a_published_report_is_the_one_its_records_give(name, tmp_path):
+    write_report([REPORTS / name], tmp_path / "again.html")
+    assert text(tmp_path / "again.html") == text(REPORTS / f"{name}.html")
+    assert (REPORTS / f"{name}.html").stat().st_size < 5e6
+
+
 def test_the_published_kernel_report_is_the_one_its_files_give(tmp_path):
     write_kernel_report(sorted((REPORTS / "kernels").glob("*.csv")), tmp_path / "again.html")
     assert text(tmp_path / "again.html") == text(REPORTS / "kernels.html")
+
+
+def test_the_readme_tells_what_the_study_found():
+    assert (REPORTS / "study" / "summary.md").read_text(encoding="utf-8") in README
+    assert "(reports/study/summary.svg)" in README
 
 
 def test_the_readme_leads_nowhere_that_is_not_there():
@@ -29,6 +43,18 @@ def test_the_readme_leads_nowhere_that_is_not_there():
     local = [target for target in targets if "://" not in target]
     assert local
     assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_the_published_runs_used_the_shipped_encoders():
+    shipped = {
+        path.stem: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in WEIGHTS.glob("*.safetensors")
+    }
+    records = [*REPORTS.glob("*/*/record.json")]
+    assert records
+    for record in records:
+        for encoder in json.loads(record.read_text())["encoders"].values():
+            assert shipped[encoder["name"]] == encoder["sha256"], record
 
 
 def test_the_model_card_gives_the_numbers_of_its_record():
