@@ -134,9 +134,10 @@ def _alignment(study: Study) -> Section:
         )
         return Section("alignment", heading, [_absent(text)])
     text = paragraph(
-        "Pointing game: does the attention of a spoken word peak on a patch of the object that it "
-        "names? Chance is the part of the patches that the object covers. Foil: does a caption "
-        "score higher with its image than the same caption with the colours of two objects swapped?"
+        "Pointing game: does the patch that a spoken word fits best, in the shared space, lie on "
+        "the object that it names? Chance is the part of the patches that the object covers. Foil: "
+        "does a caption score higher with its image than the same caption with the colours of two "
+        "objects swapped?"
     )
     return Section("alignment", heading, [text, tables.alignment_table(study)])
 
@@ -171,7 +172,7 @@ def _examples(study: Study, examples: Examples | None) -> Section:
 def _maps(examples: Examples | None) -> Section:
     heading = "Word × patch maps"
     if examples is None:
-        return Section("maps", heading, [_absent("No attention maps were recorded.")])
+        return Section("maps", heading, [_absent("No maps were recorded.")])
     return Section("maps", heading, map_blocks(examples))
 
 
@@ -188,7 +189,7 @@ def _limits(study: Study) -> Section:
         "hyperparameters than those listed.",
         "Figures of the paper are not compared with these, since its sizes, schedule and code are "
         "not public.",
-        "A word's attention is evidence of where the model looks, not of why it ranks as it does.",
+        "A word's map shows which patches it fits in the shared space, not why an image ranks as it does.",
     ]
     if "SpokenScenes" in corpora:
         limits.insert(

@@ -1,4 +1,4 @@
-"""Examples of one run: spoken queries with their answers, and attention maps, media embedded.
+"""Examples of one run: spoken queries with their answers, and word maps, media embedded.
 
 The media belong to a data set, so each file is checked before it is embedded: that it lies in the
 run's folder, what its first bytes say it is, its size and its length.
@@ -92,11 +92,13 @@ def map_blocks(examples: Examples) -> list[Markup | Figure]:
     queries = [*examples.random, *examples.failures]
     with_maps = [query for query in queries if query.get("maps") and query.get("words")]
     if not with_maps:
-        return [paragraph('<span class="absent">No attention maps were recorded.</span>')]
+        return [paragraph('<span class="absent">No maps were recorded.</span>')]
     blocks: list[Markup | Figure] = []
     for index, query in enumerate(with_maps[:MOST_MAPS]):
         svg = word_maps_svg(f"map-{index}", query["words"], query["maps"], query["photo"])
-        caption = Markup("“{}” (caption {}, rank {}). Cross: the patch with the most attention.")
+        caption = Markup(
+            "“{}” (caption {}, rank {}). Bright: patches that the word fits. Cross: the one it fits best."
+        )
         caption = caption.format(query["text"], query["caption_id"], f"{query['rank']:,}")
         blocks.append(Figure(f"map-figure-{index}", caption, [svg], wide=True))
     return blocks

@@ -136,7 +136,7 @@ def loss_figure(study: Study) -> Figure:
 def word_maps_svg(
     identifier: str, words: Sequence[dict[str, Any]], maps: dict[str, Any], photo: np.ndarray | None
 ) -> Markup:
-    """Words on the time axis, each with its attention over the image's patches below.
+    """Words on the time axis, each with how well it fits the image's patches below.
 
     maps: rows, columns, values [words][rows * columns]. photo: the image, uint8 [H, W, 3].
     """
@@ -151,7 +151,7 @@ def word_maps_svg(
     end = max(word["end"] for word in words)
     span = width - left - gap
     axes.text(0, 34, "spoken at", color=MUTED, fontsize=11, va="center")
-    axes.text(0, 122, "looks at" if photo is None else "", color=MUTED, fontsize=11, va="center")
+    axes.text(0, 122, "fits" if photo is None else "", color=MUTED, fontsize=11, va="center")
     if photo is not None:
         axes.imshow(photo, extent=(0, side, 84 + side, 84), interpolation="none", zorder=2)
         axes.text(0, 178, "the image", color=MUTED, fontsize=11, va="center")
@@ -179,7 +179,7 @@ def word_maps_svg(
     axes.set_ylim(196, 0)
     axes.set_aspect("auto")
     spoken = " ".join(str(word["word"]) for word in words)
-    return panel.svg(f"Attention of the words “{spoken}”", "One map of image patches a word.")
+    return panel.svg(f"Which patches the words “{spoken}” fit", "One map of image patches a word.")
 
 
 def _forest(

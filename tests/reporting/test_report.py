@@ -231,7 +231,7 @@ def test_what_is_not_measured_is_said_to_be_so(make_study, tmp_path):
     assert row(page, "results-table", "All-knowing")[0].get_text() == "not measured"
     assert "No validation result was recorded" in text_of(page, "curves")
     assert "No examples were recorded" in text_of(page, "examples")
-    assert "No attention maps" in text_of(page, "maps")
+    assert "No maps" in text_of(page, "maps")
     assert "varies no axis" in text_of(page, "axes")
 
 
