@@ -189,7 +189,8 @@ def _limits(study: Study) -> Section:
         "hyperparameters than those listed.",
         "Figures of the paper are not compared with these, since its sizes, schedule and code are "
         "not public.",
-        "A word's map shows which patches it fits in the shared space, not why an image ranks as it does.",
+        "A word's map shows which patches it fits in the shared space, not why an image ranks as "
+        "it does.",
     ]
     if "SpokenScenes" in corpora:
         limits.insert(

@@ -97,7 +97,7 @@ def map_blocks(examples: Examples) -> list[Markup | Figure]:
     for index, query in enumerate(with_maps[:MOST_MAPS]):
         svg = word_maps_svg(f"map-{index}", query["words"], query["maps"], query["photo"])
         caption = Markup(
-            "“{}” (caption {}, rank {}). Bright: patches that the word fits. Cross: the one it fits best."
+            "“{}” (caption {}, rank {}). Bright: patches that the word fits. Cross: the best one."
         )
         caption = caption.format(query["text"], query["caption_id"], f"{query['rank']:,}")
         blocks.append(Figure(f"map-figure-{index}", caption, [svg], wide=True))

@@ -246,15 +246,7 @@ def _against_size(mode: str, by_shape: dict[str, list[Timing]], name: str) -> Ma
     _label_ticks(panel.axes.yaxis, seconds)
     panel.axes.set_xticks(range(len(by_shape)), [_short(shape) for shape in by_shape])
     panel.axes.set_xlim(-0.25, len(by_shape) - 0.75)
-    panel.axes.legend(
-        frameon=False,
-        labelcolor=INK,
-        fontsize=10.5,
-        loc="upper left",
-        bbox_to_anchor=(-0.2, -30 / 134),
-        borderaxespad=0,
-        labelspacing=0.35,
-    )
+    _legend_below(panel.axes, -0.2, -30 / 134)
     panel.labels("Against size", "", "seconds")
     return panel.svg(f"Seconds against size, {mode}", "; ".join(described) + ".")
 
@@ -328,15 +320,7 @@ def _roofline(timings: Sequence[Timing], reached: dict[str, float], name: str) -
         if peer is not None:
             rate = peer.flops / peer.p50
             axes.plot(intensity, rate, marker, mfc=PAPER, mec=BASELINE, mew=1.4, markersize=8)
-    axes.legend(
-        frameon=False,
-        labelcolor=INK,
-        fontsize=10.5,
-        loc="upper left",
-        bbox_to_anchor=(-0.1, -48 / 242),
-        borderaxespad=0,
-        labelspacing=0.35,
-    )
+    _legend_below(axes, -0.1, -48 / 242)
     axes.set_xlim(*span)
     panel.labels("Roofline", "operations a byte that must be moved", "operations a second")
     return Figure(
@@ -445,6 +429,19 @@ def _label_ticks(axis: Any, show: Callable[[float], str]) -> None:
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _legend_below(axes: Any, x: float, y: float) -> None:
+    """One entry a line, its upper left corner at (x, y) in parts of the axes."""
+    axes.legend(
+        frameon=False,
+        labelcolor=INK,
+        fontsize=10.5,
+        loc="upper left",
+        bbox_to_anchor=(x, y),
+        borderaxespad=0,
+        labelspacing=0.35,
+    )
 
 
 def _written(shape: str) -> str:

@@ -1,4 +1,4 @@
-"""Compile the kernels of the denoising task and of InfoNCE for GPUs that are not at hand.
+"""Compile every Triton kernel for GPUs that are not at hand.
 
 Every configuration that can be picked must hold its tiles in the registers and the shared memory of
 compute capability 8.0, 9.0 and 10.0, and multiply 16-bit matrices on Hopper's tensor cores.
@@ -17,7 +17,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 triton = pytest.importorskip("triton")
 
 from cmdlab_kernels import denoising_attention_triton as ends  # noqa: E402
-from cmdlab_kernels import info_nce_triton, ragged_attention_triton  # noqa: E402
+from cmdlab_kernels import (  # noqa: E402
+    info_nce_triton,
+    ragged_attention_triton,
+    retrieval_ranks_triton,
+)
 from cmdlab_kernels.denoising_attention import (  # noqa: E402
     TRITON_WIDEST_HEAD,
     TRITON_WIDEST_ROW,
@@ -27,7 +31,12 @@ from triton.compiler import ASTSource  # noqa: E402
 
 CAPABILITIES = [80, 90, 100]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
-ELEMENT = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+ELEMENT = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+}
 # An argument that is neither here nor a tile size points to elements of the embeddings' dtype.
 ARGUMENTS = (
     dict.fromkeys(["N", "D", "P", "B", "K", "H", "S", "T", "R", "width", "first_column"], "i32")
@@ -45,18 +54,21 @@ DTYPES = [(d, c) for d in (torch.bfloat16, torch.float32) for c in CAPABILITIES]
 DTYPES.append((torch.float16, 90))
 
 
-def check(kernel, dtype, capability, configuration, folder, *, aligned=True) -> str:
-    """Compile `kernel`; fail if it spills or wants too much shared memory; return its PTX."""
+def check(kernel, dtype, capability, configuration, folder, *, odd=(), **own_types) -> str:
+    """Compile `kernel`; fail if it spills or wants too much shared memory; return its PTX.
+
+    odd: sizes that need not be multiples of 16. own_types: of arguments that other kernels have
+    with another type.
+    """
     names = kernel.arg_names
     launch = {k: v for k, v in configuration.items() if k.startswith("num_")}
     constants = {k: v for k, v in configuration.items() if k not in launch}
-    types = {name: ARGUMENTS.get(name, ELEMENT[dtype]) for name in names if name not in constants}
-    if kernel is ends.loss_bwd_kernel:
-        types["grad_ptr"] = "*fp32"
+    known = ARGUMENTS | own_types
+    types = {name: known.get(name, ELEMENT[dtype]) for name in names if name not in constants}
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
-        if kind.startswith("*") or (kind == "i32" and aligned)
+        if kind.startswith("*") or (kind == "i32" and name not in odd)
     }
     signature = {name: types.get(name, "constexpr") for name in names}
     source = ASTSource(
@@ -108,7 +120,10 @@ def test_queries_and_losses(capability, tmp_path):
         for cosine in (False, True):
             options = configuration | {"COSINE": cosine}
             check(ends.loss_fwd_kernel, torch.float32, capability, options, tmp_path)
-            check(ends.loss_bwd_kernel, torch.float32, capability, options, tmp_path)
+            check(
+                *(ends.loss_bwd_kernel, torch.float32, capability, options, tmp_path),
+                grad_ptr="*fp32",
+            )
     check(ends.sum_by_index_kernel, torch.bfloat16, capability, ends.SUM_TILE, tmp_path)
 
 
@@ -121,4 +136,40 @@ def test_attention_over_sizes_that_are_not_multiples_of_sixteen(tmp_path):
     for module, name, case in kernels:
         kernel = getattr(module, name)
         configuration = module.configuration(kernel, torch.bfloat16, case)
-        check(kernel, torch.bfloat16, 90, configuration, tmp_path, aligned=False)
+        check(kernel, torch.bfloat16, 90, configuration, tmp_path, odd=ARGUMENTS)
+
+
+RANKS = dict.fromkeys(
+    ["positive_ptr", "speech_greater_ptr", "speech_equal_ptr", "image_greater_ptr"], "*i32"
+) | {"image_equal_ptr": "*i32", "found_ptr": "*i32", "doubtful_ptr": "*i64"}
+RANKS |= {"capacity": "i32", "M": "i32"}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", list(ELEMENT), ids=str)
+def test_retrieval_ranks(dtype, capability, tmp_path):
+    kernel = retrieval_ranks_triton.ranks_fwd_kernel
+    configuration = retrieval_ranks_triton.configuration(dtype) | {"GROUP": 8, "UPCAST": False}
+    compared = "*i32" if dtype == torch.int8 else "*fp32"
+    ends_of = {"speech_ends_ptr": compared, "image_ends_ptr": compared}
+    ptx = check(
+        *(kernel, dtype, capability, configuration, tmp_path),
+        odd=("N", "M", "capacity"),
+        **RANKS,
+        **ends_of,
+    )
+    assert ("wgmma" in ptx) == (capability == 90 and dtype != torch.float32)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_retrieval_ranks_recheck(dtype, capability, tmp_path):
+    kernel = retrieval_ranks_triton.recheck_fwd_kernel
+    thresholds = {"speech_threshold_ptr": "*fp64", "image_threshold_ptr": "*fp64"}
+    configuration = {"BLOCK_P": 64, "num_warps": 2}
+    check(
+        *(kernel, dtype, capability, configuration, tmp_path),
+        odd=("M", "D", "capacity"),
+        **RANKS,
+        **thresholds,
+    )
