@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: study smoke test bench clean
+.PHONY: study smoke test bench clean help
 
 study: .venv/installed ## the study: corpus, training, report (10 minutes on two cores)
 	$(BIN)/cmdlab study
@@ -26,6 +26,9 @@ bench: .venv/installed ## the kernels against their peers, on the GPU where ther
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
 
 clean: ## removes what `make study` made; the environment stays
 	rm -rf study
