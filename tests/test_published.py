@@ -21,7 +21,7 @@ def text(page: Path) -> list[str]:
     return soup.get_text(" ").split()
 
 
-@pytest.mark.parametrize("name", ["study"])
+@pytest.mark.parametrize("name", ["study", "ablation"])
 def test_a_published_report_is_the_one_its_records_give(name, tmp_path):
     write_report([REPORTS / name], tmp_path / "again.html")
     assert text(tmp_path / "again.html") == text(REPORTS / f"{name}.html")
@@ -43,6 +43,15 @@ def test_the_readme_leads_nowhere_that_is_not_there():
     local = [target for target in targets if "://" not in target]
     assert local
     assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_the_published_ablation_has_enough_seeds():
+    listing = json.loads((REPORTS / "ablation" / "sweeps" / "ablation.json").read_text())
+    seeds: dict[str, set[int]] = {}
+    for cell in listing["cells"]:
+        seeds.setdefault(cell["arm"], set()).add(cell["seed"])
+    assert min(map(len, seeds.values())) >= 5
+    assert not listing["smoke"]
 
 
 def test_the_published_runs_used_the_shipped_encoders():
