@@ -26,8 +26,7 @@ def forest_figure(study: Study, by_metric: dict[str, list[ArmComparison]]) -> Fi
         metric: [one for one in comparisons if one.result is not None]
         for metric, comparisons in by_metric.items()
     }
-    reach = [abs(end) for ones in shown.values() for one in ones for end in _reach(one.result)]
-    limit = 1.08 * max([0.5, *reach])
+    limit = _forest_limit([one for ones in shown.values() for one in ones])
     exploratory = any(not one.planned for one in shown[HEADLINE])
     return Figure(
         "differences-figure",
@@ -35,7 +34,8 @@ def forest_figure(study: Study, by_metric: dict[str, list[ArmComparison]]) -> Fi
         "Line: 95 % interval. Diamond: mean, filled where the difference in mean R@1 is separated "
         "from zero after Holm's correction. Open circles: single seeds. "
         + ("Dashed lines: exploratory comparisons. " if exploratory else "")
-        + "The directions on their own were not tested.",
+        + "Triangles point to what lies beyond the scale. "
+        "The directions on their own were not tested.",
         [
             _forest(study, METRIC_NAMES[metric], comparisons, limit, f"forest-{index}")
             for index, (metric, comparisons) in enumerate(shown.items())
@@ -46,21 +46,16 @@ def forest_figure(study: Study, by_metric: dict[str, list[ArmComparison]]) -> Fi
 def forest_panel(study: Study, metric: str, comparisons: list[ArmComparison]) -> Markup:
     """One panel of `forest_figure` by itself."""
     shown = [one for one in comparisons if one.result is not None]
-    reach = [abs(end) for one in shown for end in _reach(one.result)]
-    return _forest(study, METRIC_NAMES[metric], shown, 1.08 * max([0.5, *reach]), "forest")
+    return _forest(study, METRIC_NAMES[metric], shown, _forest_limit(shown), "forest")
 
 
 def axes_figure(study: Study) -> Figure:
     """Dose–response: one panel an axis, mean R@1 against its values."""
-    low, high = _limits(
-        [
-            value
-            for points in study.axes.values()
-            for _, arm in points
-            for value in _reach(study.interval(arm))
-        ]
-        + list(_reach(study.interval(study.baseline)))
-    )
+    found = [study.interval(arm) for points in study.axes.values() for _, arm in points]
+    centre = study.interval(study.baseline).mean
+    usual = 4 * float(np.median([abs(value - centre) for one in found for value in _reach(one)]))
+    values = [value for one in (*found, study.interval(study.baseline)) for value in _reach(one)]
+    low, high = _limits([min(max(value, centre - usual), centre + usual) for value in values])
     panels = [
         _axis(study, name, points, (low, high), f"axis-{index}")
         for index, (name, points) in enumerate(study.axes.items())
@@ -70,7 +65,8 @@ def axes_figure(study: Study) -> Figure:
         "Mean R@1 on the test set, in percent, along each axis, the other parameters as in "
         f"{study.axis_base} (square). Points with bars: mean and 95 % interval. Open circles: "
         f"single seeds. Dashed line: {study.baseline}, with its 95 % interval shaded. Values are "
-        "evenly spaced, whatever their size; a line joins them where they are numbers.",
+        "evenly spaced, whatever their size; a line joins them where they are numbers. A triangle, "
+        "with its mean, points to what lies beyond the scale.",
         panels,
     )
 
@@ -216,13 +212,22 @@ def _forest(
         )
         filled = one.separated and metric == METRIC_NAMES[HEADLINE]
         face = ARM if filled else PAPER
-        axes.plot(result.difference, y, "D", markersize=7.5, mfc=face, mec=ARM, mew=1.8, zorder=4)
+        marker, x = "D", result.difference
+        if abs(x) > limit:  # a far arm must not flatten the others
+            marker, x = "<" if x < 0 else ">", 0.97 * float(np.sign(x)) * limit
+        axes.plot(x, y, marker, markersize=7.5, mfc=face, mec=ARM, mew=1.8, zorder=4)
         axes.plot([0, 0], [index + 0.38, index + 0.9], color=INK, linewidth=1, zorder=1)
         axes.axhline(index + 1, color=GRID, linewidth=0.8, zorder=0)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     panel.labels(_sentence(metric), "difference, percentage points", "")
     return panel.svg(f"Paired differences in {metric}", "; ".join(described) + ".")
+
+
+def _forest_limit(shown: Sequence[ArmComparison]) -> float:
+    """The end of the scale: all intervals and seeds, but for arms far beyond the usual one."""
+    reach = [max(map(abs, _reach(one.result))) for one in shown]
+    return 1.08 * max(0.5, min(max(reach, default=0.0), 4 * float(np.median(reach or [0.0]))))
 
 
 def _axis(
@@ -243,8 +248,13 @@ def _axis(
     described = []
     for x, ((value, arm), found) in enumerate(zip(points, intervals, strict=True)):
         axes.plot([x, x], [found.low, found.high], color=ARM, linewidth=2, zorder=3)
-        marker = "s" if arm == study.axis_base else "o"
-        axes.plot(x, found.mean, marker, markersize=7, mfc=ARM, mec=PAPER, mew=1, zorder=5)
+        marker, y = "s" if arm == study.axis_base else "o", found.mean
+        if not limits[0] <= y <= limits[1]:
+            below = y < limits[0]
+            marker, y = ("v", limits[0]) if below else ("^", limits[1])
+            y += (0.04 if below else -0.04) * (limits[1] - limits[0])
+            axes.text(x + 0.12, y, number(found.mean), color=INK, fontsize=11, va="center")
+        axes.plot(x, y, marker, markersize=7, mfc=ARM, mec=PAPER, mew=1, zorder=5)
         xs = x + 0.16 + 0.0 * np.asarray(found.per_seed)
         axes.scatter(
             xs, found.per_seed, s=20, facecolors="none", edgecolors=SEED, linewidths=1.1, zorder=4
