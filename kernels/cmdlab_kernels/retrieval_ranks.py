@@ -8,8 +8,9 @@ score that defines a rank is in `retrieval_scores.py`, the fast paths are in
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from cmdlab_kernels.retrieval_scores import (
     Counts,
     largest_entry,
     pair_scores,
+    positive_pairs,
     tile_scores,
     tiles,
 )
@@ -38,10 +40,10 @@ class RetrievalRanks:
     A query's pessimistic rank is ``1 + greater + equal``, its optimistic rank ``1 + greater``.
 
     Attributes:
-        speech_greater: int64 [N], images that score above the image of caption i.
-        speech_equal: int64 [N], other images with exactly its score.
-        image_greater: int64 [M], captions of other images that score above image j's best caption.
-        image_equal: int64 [M], captions of other images with exactly its score.
+        speech_greater: int64 [N], images of other ids that score above caption i's best image.
+        speech_equal: int64 [N], images of other ids with exactly its score.
+        image_greater: int64 [M], captions of other ids that score above image j's best caption.
+        image_equal: int64 [M], captions of other ids with exactly its score.
         path_code: int64 [], index in `PATHS` of the arithmetic that was used.
     """
 
@@ -70,53 +72,94 @@ def retrieval_ranks(
 
     The score of a pair is the float64 dot product of the two rows, its products added in the order
     of the dimensions. It depends on the two rows alone, so every `impl` gives the same counts, for
-    any tile size and any order of the gallery. Positives (pairs of equal id) are left out by id,
-    and an image's threshold is the score of its best caption. Counting has no derivative: the
-    result does not require grad.
+    any tile size and any order of the gallery. Positives (pairs of equal id, any number a row) are
+    left out by id, and a row's threshold is the score of its best one. Counting has no derivative:
+    the result does not require grad.
 
     Args:
         speech: [N, D] float16, bfloat16, float32 or float64, one row a caption.
         image: [M, D], same dtype and device, one row an image.
         speech_image_id: [N] int64, the id of each caption's image.
-        image_id: [M] int64, unique.
+        image_id: [M] int64, equal for several views of one image.
         impl: "reference" (plain torch, any device), "cpu" (certified low-precision products),
             "triton" (the same on CUDA), or "auto": "triton" on CUDA, "cpu" on a CPU, and
             "reference" elsewhere and for float64 on CUDA.
         group: a torch.distributed group over whose ranks the gallery is split. Each rank passes
-            all captions and its own images; it gets the speech counts over the whole gallery and
-            the image counts of its own images.
+            all captions and its own images, perhaps none; it gets the speech counts over the whole
+            gallery and the image counts of its own images. An error on one rank raises on all.
 
     Raises:
         ValueError: for a shape, dtype, device or `impl` that is not supported, scores that are not
-            finite in float64, repeated image ids, an image without a caption, or a caption without
-            an image.
+            finite in float64, an image without a caption, or a caption without an image.
     """
-    _check(speech, image, speech_image_id, image_id, impl)
-    if impl == "auto":
-        triton = speech.is_cuda and speech.dtype != torch.float64
-        impl = "triton" if triton else "cpu" if speech.device.type == "cpu" else "reference"
-    thresholds = torch.ops.cmdlab_kernels.retrieval_thresholds(
-        speech.detach(), image.detach(), speech_image_id, image_id, group is None
-    )
-    positive, speech_threshold, image_threshold = thresholds
+    speech, image = speech.detach(), image.detach()
+    ids = speech_image_id, image_id
+
+    def thresholds() -> tuple[Tensor, Tensor]:
+        _check(speech, image, *ids, impl, empty_shard=group is not None)
+        return torch.ops.cmdlab_kernels.retrieval_thresholds(
+            speech, image, *ids, _chosen(impl, speech), group is None
+        )
+
+    speech_threshold, image_threshold = _on_all_ranks(group, speech, thresholds)
     if group is not None:
         torch.distributed.all_reduce(speech_threshold, torch.distributed.ReduceOp.MAX, group)
         if bool(speech_threshold.isneginf().any()):
             raise ValueError("speech_image_id holds an id that is on no rank of the group")
-    *counts, path_code = torch.ops.cmdlab_kernels.retrieval_counts(
-        speech.detach(), image.detach(), positive, speech_threshold, image_threshold, impl
-    )
+
+    def count() -> tuple[Tensor, ...]:
+        return torch.ops.cmdlab_kernels.retrieval_counts(
+            speech, image, *ids, speech_threshold, image_threshold, _chosen(impl, speech)
+        )
+
+    *counts, path_code = _on_all_ranks(group, speech, count)
     if group is not None:
-        summed = torch.stack([counts[0], counts[1], (positive >= 0).long()])
+        summed = torch.stack(counts[:2])
         torch.distributed.all_reduce(summed, torch.distributed.ReduceOp.SUM, group)
-        if bool((summed[2] != 1).any()):
-            raise ValueError("image_id holds an id that is on more than one rank of the group")
-        counts[:2] = summed[0], summed[1]
+        counts[:2] = summed
     return RetrievalRanks(counts[0], counts[1], counts[2], counts[3], path_code)
 
 
+def _chosen(impl: str, speech: Tensor) -> str:
+    if impl != "auto":
+        return impl
+    if speech.is_cuda and speech.dtype != torch.float64:
+        return "triton"
+    return "cpu" if speech.device.type == "cpu" else "reference"
+
+
+def _on_all_ranks(group: ProcessGroup | None, speech: Tensor, function: Callable[[], Any]) -> Any:
+    """What `function` returns; where it raises on one rank of a group, all ranks raise.
+
+    Otherwise the others would wait for that rank for ever.
+    """
+    if group is None:
+        return function()
+    result, error = None, None
+    try:
+        result = function()
+    except Exception as raised:
+        error = raised
+    flags = torch.tensor([error is not None, speech.numel(), -speech.numel()], device=speech.device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group)
+    failed, most, least = flags.tolist()
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError("another rank of the group failed, its own error says why")
+    if most != -least:
+        raise ValueError("the ranks of the group must all pass the same captions")
+    return result
+
+
 def _check(
-    speech: Tensor, image: Tensor, speech_image_id: Tensor, image_id: Tensor, impl: str
+    speech: Tensor,
+    image: Tensor,
+    speech_image_id: Tensor,
+    image_id: Tensor,
+    impl: str,
+    *,
+    empty_shard: bool,
 ) -> None:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}, supported are {', '.join(IMPLEMENTATIONS)}")
@@ -125,7 +168,7 @@ def _check(
             f"speech [N, D] and image [M, D] expected, got {list(speech.shape)} and "
             f"{list(image.shape)}"
         )
-    if 0 in speech.shape or 0 in image.shape:
+    if 0 in speech.shape or (len(image) == 0 and not empty_shard):
         raise ValueError("speech and image must not be empty")
     if speech_image_id.shape != speech.shape[:1] or image_id.shape != image.shape[:1]:
         raise ValueError("speech_image_id [N] and image_id [M] must match speech and image")
@@ -150,42 +193,43 @@ def _check(
 
 @torch.library.custom_op("cmdlab_kernels::retrieval_thresholds", mutates_args=())
 def retrieval_thresholds(
-    speech: Tensor, image: Tensor, speech_image_id: Tensor, image_id: Tensor, whole_gallery: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Match the ids and score the positives.
+    speech: Tensor,
+    image: Tensor,
+    speech_image_id: Tensor,
+    image_id: Tensor,
+    impl: str,
+    whole_gallery: bool,
+) -> tuple[Tensor, Tensor]:
+    """The best positive's score float64 of each caption [N] and of each image [M].
 
-    Returns `positive` int64 [N], the row of each caption's image or -1 where this shard of the
-    gallery lacks it; the best positive's score float64 of each caption [N] (-inf where lacking)
-    and of each image [M].
+    It is -inf for a caption whose image this shard of the gallery lacks.
     """
-    ids, order = image_id.sort()
-    if bool((ids[1:] == ids[:-1]).any()):
-        raise ValueError("image_id holds an id more than once")
-    slot = torch.searchsorted(ids, speech_image_id).clamp(max=len(ids) - 1)
-    matched = ids[slot] == speech_image_id
-    if whole_gallery and not bool(matched.all()):
-        missing = int(speech_image_id[~matched][0])
-        raise ValueError(f"speech_image_id {missing} is not in image_id")
-    positive = torch.where(matched, order[slot], -1)
-    captions = torch.bincount(positive[matched], minlength=len(image_id))
-    if bool((captions == 0).any()):
-        raise ValueError(f"image_id {int(image_id[captions == 0][0])} has no caption")
     largest = largest_entry(speech) * largest_entry(image) * speech.shape[1]
     if not bool(largest.isfinite()):  # NaN and infinite entries also end here
         raise ValueError("speech and image must be finite, and so must their dot products")
+    row, column = positive_pairs(speech_image_id, image_id)
+    if impl == "triton":
+        from cmdlab_kernels import retrieval_ranks_triton  # Triton is installed on Linux only
 
-    speech_threshold = torch.full_like(positive, -torch.inf, dtype=torch.float64)
-    rows = matched.nonzero()[:, 0]
-    speech_threshold[rows] = pair_scores(speech, image, rows, positive[rows])
-    image_threshold = torch.full_like(image_id, -torch.inf, dtype=torch.float64)
-    image_threshold.scatter_reduce_(0, positive[rows], speech_threshold[rows], "amax")
-    return positive, speech_threshold, image_threshold
+        scores = retrieval_ranks_triton.pair_scores(speech, image, row, column)
+    else:
+        scores = pair_scores(speech, image, row, column)
+    best = torch.full_like(speech_image_id, -torch.inf, dtype=torch.float64)
+    best_of_image = torch.full_like(image_id, -torch.inf, dtype=torch.float64)
+    best.scatter_reduce_(0, row, scores, "amax")
+    best_of_image.scatter_reduce_(0, column, scores, "amax")
+    alone = torch.cat([best.isneginf() & whole_gallery, best_of_image.isneginf()]).nonzero()
+    if len(alone) > 0:
+        index, n = int(alone[0]), len(speech)
+        if index < n:
+            raise ValueError(f"speech_image_id {int(speech_image_id[index])} is not in image_id")
+        raise ValueError(f"image_id {int(image_id[index - n])} has no caption")
+    return best, best_of_image
 
 
 @retrieval_thresholds.register_fake
-def _(speech, image, speech_image_id, image_id, whole_gallery):
+def _(speech, image, speech_image_id, image_id, impl, whole_gallery):
     return (
-        torch.empty_like(speech_image_id),
         torch.empty_like(speech_image_id, dtype=torch.float64),
         torch.empty_like(image_id, dtype=torch.float64),
     )
@@ -195,19 +239,22 @@ def _(speech, image, speech_image_id, image_id, whole_gallery):
 def retrieval_counts(
     speech: Tensor,
     image: Tensor,
-    positive: Tensor,
+    speech_image_id: Tensor,
+    image_id: Tensor,
     speech_threshold: Tensor,
     image_threshold: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Count the pairs above and at the thresholds: the counts and the path of RetrievalRanks."""
-    if impl == "triton":
+    if impl == "reference" or len(image) == 0:
+        count = count_reference
+    elif impl == "triton":
         from cmdlab_kernels import retrieval_ranks_triton  # Triton is installed on Linux only
 
         count = retrieval_ranks_triton.count_certified
     else:
-        count = count_reference if impl == "reference" else retrieval_ranks_cpu.count_certified
-    counts = count(speech, image, positive, speech_threshold, image_threshold)
+        count = retrieval_ranks_cpu.count_certified
+    counts = count(speech, image, speech_image_id, image_id, speech_threshold, image_threshold)
     path_code = torch.tensor(PATHS.index(counts.path))
     return (
         counts.speech_greater,
@@ -219,9 +266,8 @@ def retrieval_counts(
 
 
 @retrieval_counts.register_fake
-def _(speech, image, positive, speech_threshold, image_threshold, impl):
-    speech_count = torch.empty_like(positive)
-    image_count = torch.empty_like(image_threshold, dtype=torch.int64)
+def _(speech, image, speech_image_id, image_id, speech_threshold, image_threshold, impl):
+    speech_count, image_count = torch.empty_like(speech_image_id), torch.empty_like(image_id)
     path_code = torch.empty((), dtype=torch.int64)
     empty = torch.empty_like
     return speech_count, empty(speech_count), image_count, empty(image_count), path_code
@@ -230,7 +276,8 @@ def _(speech, image, positive, speech_threshold, image_threshold, impl):
 def count_reference(
     speech: Tensor,
     image: Tensor,
-    positive: Tensor,
+    speech_image_id: Tensor,
+    image_id: Tensor,
     speech_threshold: Tensor,
     image_threshold: Tensor,
 ) -> Counts:
@@ -238,5 +285,5 @@ def count_reference(
     counts = Counts.zeros(speech, image, "reference")
     for tile in tiles(len(speech), len(image)):
         scores = tile_scores(speech[tile.rows], image[tile.columns])
-        counts.add_tile(tile, scores, positive, speech_threshold, image_threshold)
+        counts.add_tile(tile, scores, speech_image_id, image_id, speech_threshold, image_threshold)
     return counts

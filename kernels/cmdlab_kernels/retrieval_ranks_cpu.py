@@ -21,6 +21,7 @@ from cmdlab_kernels.retrieval_bounds import (
     Rounded,
     doubtful_interval,
     float_ends,
+    int8_fits,
     integer_ends,
     ordinary,
     round_rows,
@@ -30,6 +31,7 @@ from cmdlab_kernels.retrieval_scores import (
     count_exact,
     float64_bound,
     pair_scores,
+    positive_pairs,
 )
 
 SAMPLED = 64  # images from which the spread of a caption's scores is estimated
@@ -63,8 +65,8 @@ BF16 = Precision("cpu-bf16", torch.bfloat16, torch.bfloat16, 0.015)
 FP32 = Precision("cpu-fp32", torch.float32, torch.float32, 0.05)
 
 
-def precisions() -> list[Precision]:
-    """What this processor multiplies fast, fastest first.
+def precisions(dimensions: int) -> list[Precision]:
+    """What this processor multiplies fast, fastest first; int8 only where no sum can overflow.
 
     Without VNNI or AMX an int8 product is slow and may saturate; without AVX-512 BF16 or AMX a
     bfloat16 product is slower than a float32 one.
@@ -74,7 +76,7 @@ def precisions() -> list[Precision]:
         amx = torch.cpu._is_amx_tile_supported()
         if amx or torch.cpu._is_avx512_bf16_supported():
             found.insert(0, BF16)
-        if amx or torch.cpu._is_vnni_supported():
+        if (amx or torch.cpu._is_vnni_supported()) and int8_fits(dimensions):
             found.insert(0, INT8)
     return found
 
@@ -82,22 +84,24 @@ def precisions() -> list[Precision]:
 def count_certified(
     speech: Tensor,
     image: Tensor,
-    positive: Tensor,
+    speech_image_id: Tensor,
+    image_id: Tensor,
     speech_threshold: Tensor,
     image_threshold: Tensor,
 ) -> Counts:
     """The counts, each row by the first precision that leaves few pairs in doubt, or else exactly.
 
-    Arguments as for `count_reference`: speech [N, D], image [M, D], positive [N] (row of image, or
-    -1), thresholds float64 [N] and [M]. The path is that of the most exact arithmetic used.
+    Arguments as for `count_reference`: speech [N, D], image [M, D], ids int64 [N] and [M],
+    thresholds float64 [N] and [M]. The path is that of the most exact arithmetic used.
     """
     if not ordinary(speech, image):
-        return count_exact(speech, image, positive, speech_threshold, image_threshold)
+        ids = speech_image_id, image_id
+        return count_exact(speech, image, *ids, speech_threshold, image_threshold)
     counts = Counts.zeros(speech, image, "exact")
     rows = torch.arange(len(speech))  # those that no precision has taken yet
     with _plain_float32():
         expected = _expectation(speech, image)
-        for precision in precisions():
+        for precision in precisions(speech.shape[1]):
             left = speech if len(rows) == len(speech) else speech[rows]
             low_speech = precision.round(left, clip=True)
             low_image = precision.round(image, clip=False)
@@ -107,15 +111,17 @@ def count_certified(
             if len(cheap) * 8 < len(rows):  # a pass for so few is not worth its beginning
                 continue
             chosen = rows[cheap]
-            thresholds = positive[chosen], speech_threshold[chosen], image_threshold
-            part = _count(precision, left, image, cheap, low_speech, low_image, *thresholds)
+            rounded = low_speech, low_image
+            ids = speech_image_id[chosen], image_id
+            thresholds = speech_threshold[chosen], image_threshold
+            part = _count(precision, left, image, cheap, *rounded, *ids, *thresholds)
             if part is not None:
                 counts.add_rows(chosen, part)
                 rows = rows[doubt > precision.doubtful_limit]
             if len(rows) == 0:
                 return counts
-    thresholds = positive[rows], speech_threshold[rows], image_threshold
-    counts.add_rows(rows, count_exact(speech[rows], image, *thresholds))
+    ids, thresholds = (speech_image_id[rows], image_id), (speech_threshold[rows], image_threshold)
+    counts.add_rows(rows, count_exact(speech[rows], image, *ids, *thresholds))
     return counts
 
 
@@ -165,13 +171,14 @@ def _count(
     chosen: Tensor,
     low_speech: Rounded,
     low_image: Rounded,
-    positive: Tensor,
+    speech_image_id: Tensor,
+    image_id: Tensor,
     speech_threshold: Tensor,
     image_threshold: Tensor,
 ) -> Counts | None:
     """The counts of the rows `chosen` [n] of speech, or None as soon as too many are in doubt.
 
-    positive [n], speech_threshold [n] and the counts are of the chosen rows.
+    speech_image_id [n], speech_threshold [n] and the counts are of the chosen rows.
     """
     shift = byte_shift(low_speech, low_image)
     ends = (
@@ -198,7 +205,7 @@ def _count(
         images, by_image = image[columns], image_threshold[columns]
         for rows in _spread(len(chosen)):
             scores = tile_memory.scores(low_speech.values.index_select(0, chosen[rows]), right)
-            _blank(scores, positive[rows] - columns.start, width)
+            _blank(scores, speech_image_id[rows], image_id[columns])
             verdicts = tile_memory.compare(scores, speech_ends[:, rows, None], ends_of_columns)
             words = verdicts.view(torch.int64)
             counts.speech_greater[rows] += _bytes(words[1].sum(1)).sum(1)
@@ -294,12 +301,11 @@ class _TileMemory:
         return verdicts
 
 
-def _blank(scores: Tensor, positive: Tensor, width: int) -> None:
-    """Put the positives (columns [h], if inside) and the padding below every interval."""
+def _blank(scores: Tensor, speech_image_id: Tensor, image_id: Tensor) -> None:
+    """Put the positives and the padding, columns without an id, below every interval."""
     lowest = -128 if scores.dtype == torch.int8 else -torch.inf
-    scores[:, width:] = lowest
-    inside = ((positive >= 0) & (positive < width)).nonzero()[:, 0]
-    scores[inside, positive[inside]] = lowest
+    scores[:, len(image_id) :] = lowest
+    scores[positive_pairs(speech_image_id, image_id)] = lowest
 
 
 def _bytes(words: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 `ranks_fwd_kernel` multiplies in int8, float16, bfloat16 or float32, counts what is certainly above
 the thresholds and lists the pairs in doubt; `recheck_fwd_kernel` gives each of those its defined
-float64 score. Counts are added by integer atomics, so they do not depend on the order.
+float64 score, as `pairs_fwd_kernel` does for the positives. Counts are added by integer atomics, so
+they do not depend on the order.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cmdlab_kernels.retrieval_bounds import (
     Rounded,
     doubtful_interval,
     float_ends,
+    int8_fits,
     integer_ends,
     ordinary,
     round_rows,
@@ -27,6 +29,7 @@ from cmdlab_kernels.retrieval_scores import Counts, count_exact
 
 PAIRS_AT_ONCE = 2**30  # of one launch; its list of doubtful pairs is emptied before the next
 PILOT_ROWS = 2048
+PAIRS = {"BLOCK_P": 64, "num_warps": 2}  # configuration of the kernels that score pairs one by one
 DEPTH = {torch.int8: 128, torch.float16: 64, torch.bfloat16: 64, torch.float32: 32}  # of a tile
 
 
@@ -45,11 +48,14 @@ BF16 = Precision("triton-bf16", torch.bfloat16, 2.0**-7)
 FP32 = Precision("triton-fp32", torch.float32, 2.0**-6)
 
 
-def precisions(dtype: torch.dtype) -> tuple[Precision, ...]:
-    """What is tried for inputs of `dtype`, fastest first; bfloat16 only where it rounds nothing."""
+def precisions(dtype: torch.dtype, dimensions: int) -> tuple[Precision, ...]:
+    """What is tried for inputs of `dtype`, fastest first.
+
+    bfloat16 only where it rounds nothing, int8 only where no sum can overflow.
+    """
     if dtype == torch.bfloat16:
         return BF16, FP32
-    return INT8, FP16, FP32
+    return (INT8, FP16, FP32) if int8_fits(dimensions) else (FP16, FP32)
 
 
 def configuration(dtype: torch.dtype) -> dict[str, int]:
@@ -64,7 +70,7 @@ def configuration(dtype: torch.dtype) -> dict[str, int]:
 def ranks_fwd_kernel(
     speech_ptr, image_ptr,  # [N, D] and [M, D] in the low precision, D a multiple of BLOCK_D
     speech_ends_ptr, image_ends_ptr,  # [2, N] and [2, M], float32 or int32
-    positive_ptr,  # [N] int32, the caption's row of image, or -1
+    speech_id_ptr, image_id_ptr,  # [N] and [M] int32, equal for positives; no id is negative
     speech_greater_ptr, image_greater_ptr,  # [N] and [M] int32, added to
     doubtful_ptr, found_ptr, capacity,  # [capacity] int64 (row × M + column) × 4 + directions; []
     N, M, D,
@@ -95,8 +101,9 @@ def ranks_fwd_kernel(
         scores = tl.dot(s, v, scores, input_precision="ieee", out_dtype=ACCUMULATOR)
 
     in_rows, in_columns = rows < N, columns < M
-    positive = tl.load(positive_ptr + rows, mask=in_rows, other=-1)
-    counted = in_rows[:, None] & in_columns[None, :] & (positive[:, None] != columns[None, :])
+    row_id = tl.load(speech_id_ptr + rows, mask=in_rows, other=-1)
+    column_id = tl.load(image_id_ptr + columns, mask=in_columns, other=-1)
+    counted = in_rows[:, None] & in_columns[None, :] & (row_id[:, None] != column_id[None, :])
     # Below every interval: such pairs are neither above nor in doubt.
     scores = tl.where(counted, scores, -2147483648 if INTEGER else -float("inf"))
 
@@ -122,6 +129,34 @@ def ranks_fwd_kernel(
 
 
 @triton.jit
+def defined_scores(speech_ptr, image_ptr, row, column, D, BLOCK_P: tl.constexpr):
+    """The defined score float64 [BLOCK_P] of the pairs (row, column), int64 [BLOCK_P] each."""
+    # Products of two float32 are exact in float64, so a fused multiply-add rounds as the defined
+    # score does: once a dimension, in the order of the dimensions.
+    score = tl.zeros((BLOCK_P,), tl.float64)
+    for dimension in range(D):
+        s = tl.load(speech_ptr + row * D + dimension).to(tl.float32).to(tl.float64)
+        v = tl.load(image_ptr + column * D + dimension).to(tl.float32).to(tl.float64)
+        score += s * v
+    return score
+
+
+@triton.jit
+def pairs_fwd_kernel(
+    speech_ptr, image_ptr,  # [N, D] and [M, D] as given
+    row_ptr, column_ptr, score_ptr,  # [P] int64, int64 and float64
+    P, D,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    places = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    listed = places < P
+    row = tl.load(row_ptr + places, mask=listed, other=0)
+    column = tl.load(column_ptr + places, mask=listed, other=0)
+    score = defined_scores(speech_ptr, image_ptr, row, column, D, BLOCK_P)
+    tl.store(score_ptr + places, score, mask=listed)
+
+
+@triton.jit
 def recheck_fwd_kernel(
     speech_ptr, image_ptr,  # [N, D] and [M, D] as given
     speech_threshold_ptr, image_threshold_ptr,  # [N] and [M] float64
@@ -136,13 +171,7 @@ def recheck_fwd_kernel(
         listed = places < found
         code = tl.load(doubtful_ptr + places, mask=listed, other=0)
         row, column = (code >> 2) // M, (code >> 2) % M
-        # Products of two float32 are exact in float64, so a fused multiply-add rounds as the
-        # defined score does: once a dimension, in the order of the dimensions.
-        score = tl.zeros((BLOCK_P,), tl.float64)
-        for dimension in range(D):
-            s = tl.load(speech_ptr + row * D + dimension).to(tl.float32).to(tl.float64)
-            v = tl.load(image_ptr + column * D + dimension).to(tl.float32).to(tl.float64)
-            score += s * v
+        score = defined_scores(speech_ptr, image_ptr, row, column, D, BLOCK_P)
         by_row = tl.load(speech_threshold_ptr + row)
         by_column = tl.load(image_threshold_ptr + column)
         in_row, in_column = listed & (code & 1 != 0), listed & (code & 2 != 0)
@@ -153,10 +182,23 @@ def recheck_fwd_kernel(
         tl.atomic_add(image_equal_ptr + column, one, in_column & (score == by_column), "relaxed")
 
 
+def pair_scores(speech: Tensor, image: Tensor, speech_index: Tensor, image_index: Tensor) -> Tensor:
+    """The defined score float64 [P] of the pairs (speech_index [P], image_index [P])."""
+    scores = torch.empty(len(speech_index), dtype=torch.float64, device=speech.device)
+    if len(scores) > 0:
+        pairs_fwd_kernel[(triton.cdiv(len(scores), PAIRS["BLOCK_P"]),)](
+            *(speech.contiguous(), image.contiguous(), speech_index, image_index, scores),
+            *(len(scores), speech.shape[1]),
+            **PAIRS,
+        )
+    return scores
+
+
 def count_certified(
     speech: Tensor,
     image: Tensor,
-    positive: Tensor,
+    speech_image_id: Tensor,
+    image_id: Tensor,
     speech_threshold: Tensor,
     image_threshold: Tensor,
 ) -> Counts:
@@ -165,19 +207,26 @@ def count_certified(
     Arguments as for `count_reference`, of float16, bfloat16 or float32.
     """
     speech, image = speech.contiguous(), image.contiguous()
-    arguments = speech, image, positive, speech_threshold, image_threshold
-    for precision in precisions(speech.dtype) if ordinary(speech, image) else ():
+    # int64 ids to the places among the gallery's, int32 [M], and -1 for none, int32 [N]
+    ids, image_place = image_id.unique(return_inverse=True)
+    place = torch.searchsorted(ids, speech_image_id).clamp_(max=len(ids) - 1)
+    speech_place = torch.where(ids[place] == speech_image_id, place, -1)
+    places = speech_place.int(), image_place.int()
+    arguments = speech, image, *places, speech_threshold, image_threshold
+    tried = precisions(speech.dtype, speech.shape[1]) if ordinary(speech, image) else ()
+    for precision in tried:
         counts = _count(precision, *arguments)
         if counts is not None:
             return counts
-    return count_exact(*arguments)
+    return count_exact(*arguments, pair_scores)
 
 
 def _count(
     precision: Precision,
     speech: Tensor,
     image: Tensor,
-    positive: Tensor,
+    speech_id: Tensor,
+    image_id: Tensor,
     speech_threshold: Tensor,
     image_threshold: Tensor,
 ) -> Counts | None:
@@ -187,12 +236,11 @@ def _count(
     low_image = round_rows(image, precision.dtype, multiple=DEPTH[precision.dtype])
     speech_ends = _ends(speech_threshold, low_speech, low_image)
     image_ends = _ends(image_threshold, low_image, low_speech)
-    positive = positive.to(torch.int32)
     width = min(m, max(1, PAIRS_AT_ONCE // n))
     capacity = max(2**16, int(precision.doubtful_limit * n * width))
     doubtful = torch.empty(capacity, dtype=torch.int64, device=speech.device)
-    found = positive.new_zeros(-(-m // width))  # of each launch
-    speech_counts, image_counts = positive.new_zeros(2, n), positive.new_zeros(2, m)
+    found = speech_id.new_zeros(-(-m // width))  # of each launch
+    speech_counts, image_counts = speech_id.new_zeros(2, n), image_id.new_zeros(2, m)
 
     if n > 4 * PILOT_ROWS:  # a fair sample first: a pass that is given up costs as much as another
         sample = slice(None, None, n // PILOT_ROWS)
@@ -202,13 +250,14 @@ def _count(
             low_image.values[columns],
             speech_ends[:, sample].contiguous(),
             image_ends[:, columns].contiguous(),
-            positive[sample].contiguous(),
+            speech_id[sample].contiguous(),
+            image_id[columns],
             torch.zeros_like(speech_counts[0, sample]),
             torch.zeros_like(image_counts[0, columns]),
             doubtful,
             found[:1],
         )
-        if int(found[0]) > precision.doubtful_limit * len(positive[sample]) * width:
+        if int(found[0]) > precision.doubtful_limit * len(speech_id[sample]) * width:
             return None
         found.zero_()
     for launch, left in enumerate(range(0, m, width)):
@@ -218,7 +267,8 @@ def _count(
             low_image.values[columns],
             speech_ends,
             image_ends[:, columns].contiguous(),
-            positive - left,
+            speech_id,
+            image_id[columns],
             speech_counts[0],
             image_counts[0, columns],
             doubtful,
@@ -228,8 +278,7 @@ def _count(
             *(speech, image[columns], speech_threshold, image_threshold[columns]),
             *(*speech_counts, *image_counts[:, columns]),
             *(doubtful, found[launch:], capacity, columns.stop - left, speech.shape[1]),
-            BLOCK_P=64,
-            num_warps=2,
+            **PAIRS,
         )
     if int(found.max()) > capacity:
         return None
@@ -247,7 +296,8 @@ def _launch_ranks(
     image: Tensor,
     speech_ends: Tensor,
     image_ends: Tensor,
-    positive: Tensor,
+    speech_id: Tensor,
+    image_id: Tensor,
     speech_greater: Tensor,
     image_greater: Tensor,
     doubtful: Tensor,
@@ -257,7 +307,8 @@ def _launch_ranks(
     options = configuration(speech.dtype)
     grid = (triton.cdiv(n, options["BLOCK_N"]) * triton.cdiv(m, options["BLOCK_M"]),)
     ranks_fwd_kernel[grid](
-        *(speech, image, speech_ends, image_ends, positive, speech_greater, image_greater),
+        *(speech, image, speech_ends, image_ends, speech_id, image_id),
+        *(speech_greater, image_greater),
         *(doubtful, found, len(doubtful), n, m, dimensions),
         GROUP=8,
         UPCAST=os.environ.get("TRITON_INTERPRET") == "1" and speech.dtype == torch.bfloat16,

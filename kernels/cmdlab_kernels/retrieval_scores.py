@@ -9,7 +9,7 @@ float32 numbers are exact in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,16 @@ PATHS = (
 PAIRS_AT_ONCE = 65536
 PAIRS_IN_CACHE = 256
 TILE = 512  # rows and columns of an exact tile: 2 MB of float64
+
+
+def positive_pairs(speech_image_id: Tensor, image_id: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs of equal id: indices int64 [P] into ids int64 [N] and [M], caption by caption."""
+    ids, order = image_id.sort()
+    first = torch.searchsorted(ids, speech_image_id)
+    copies = torch.searchsorted(ids, speech_image_id, right=True) - first
+    row = torch.arange(len(copies), device=ids.device).repeat_interleave(copies)
+    begin = first - (copies.cumsum(0) - copies)  # of a caption's pairs in ids, less that in row
+    return row, order[begin[row] + torch.arange(len(row), device=ids.device)]
 
 
 def pair_scores(speech: Tensor, image: Tensor, speech_index: Tensor, image_index: Tensor) -> Tensor:
@@ -101,15 +111,14 @@ class Counts:
         self,
         tile: Tile,
         scores: Tensor,
-        positive: Tensor,
+        speech_image_id: Tensor,
+        image_id: Tensor,
         speech_threshold: Tensor,
         image_threshold: Tensor,
     ) -> None:
         """Count a tile of scores, float64 [n, m]; its positives are overwritten."""
         rows, columns = tile.rows, tile.columns
-        local = positive[rows] - columns.start
-        inside = ((local >= 0) & (local < scores.shape[1])).nonzero()[:, 0]
-        scores[inside, local[inside]] = -torch.inf
+        scores[positive_pairs(speech_image_id[rows], image_id[columns])] = -torch.inf
         by_row, by_column = speech_threshold[rows, None], image_threshold[columns]
         self.speech_greater[rows] += (scores > by_row).sum(1)
         self.speech_equal[rows] += (scores == by_row).sum(1)
@@ -128,9 +137,11 @@ class Counts:
 def count_exact(
     speech: Tensor,
     image: Tensor,
-    positive: Tensor,
+    speech_image_id: Tensor,
+    image_id: Tensor,
     speech_threshold: Tensor,
     image_threshold: Tensor,
+    pair_scores: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = pair_scores,
 ) -> Counts:
     """Float64 matrix products, with the defined score wherever their rounding could decide."""
     counts = Counts.zeros(speech, image, "exact")
@@ -139,23 +150,35 @@ def count_exact(
     for tile in tiles(len(speech), len(image)):
         rows, columns = tile.rows, tile.columns
         scores = speech[rows].double() @ image[columns].double().T
-        error = bound * speech_norm[rows, None] * image_norm[columns] + 2.0**-1000
-        doubtful = (scores - speech_threshold[rows, None]).abs_() <= error
-        doubtful |= (scores - image_threshold[columns]).abs_() <= error
-        row, column = doubtful.nonzero(as_tuple=True)
-        if len(row) > doubtful.numel() // 16:
+        # The norms first: their product is at most that of the largest entries times D, which is
+        # finite. Where one overflowed all the same, the error is infinite or NaN, and all in doubt.
+        error = speech_norm[rows, None] * image_norm[columns] * bound + 2.0**-1000
+        clear = (scores - speech_threshold[rows, None]).abs_() > error
+        clear &= (scores - image_threshold[columns]).abs_() > error
+        row, column = clear.logical_not_().nonzero(as_tuple=True)
+        if len(row) > clear.numel() // 16:
             scores = tile_scores(speech[rows], image[columns])
         else:
             scores[row, column] = pair_scores(speech[rows], image[columns], row, column)
-        counts.add_tile(tile, scores, positive, speech_threshold, image_threshold)
+        counts.add_tile(tile, scores, speech_image_id, image_id, speech_threshold, image_threshold)
     return counts
 
 
 def largest_entry(x: Tensor) -> Tensor:
-    """The largest absolute value of x, float64 []; NaN if x holds one."""
+    """The largest absolute value of x, float64 []; NaN if x holds one, 0 if x is empty."""
+    if x.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=x.device)
     return torch.stack(x.aminmax()).abs().amax().double()
 
 
 def row_norms(rows: Tensor) -> Tensor:
-    """Euclidean norms float64 [N] of rows [N, D], a block of rows at a time."""
-    return torch.cat([torch.linalg.vector_norm(x.double(), dim=1) for x in rows.split(1024)])
+    """Euclidean norms float64 [N] of rows [N, D], a block of rows at a time.
+
+    Each row is divided by its largest entry first, so that no square overflows or underflows.
+    """
+
+    def norms(x: Tensor) -> Tensor:
+        largest = x.abs().amax(1, keepdim=True).clamp_(min=2.0**-1074)
+        return torch.linalg.vector_norm(x / largest, dim=1) * largest[:, 0]
+
+    return torch.cat([norms(x.double()) for x in rows.split(1024)])

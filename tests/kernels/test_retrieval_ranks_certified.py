@@ -1,15 +1,17 @@
 """Adversarial inputs against the certified paths: they must never differ from brute force."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from cmdlab_kernels import retrieval_ranks, retrieval_ranks_cpu
-from cmdlab_kernels.retrieval_bounds import doubtful_interval, round_rows
-from hypothesis import given, settings
+from cmdlab_kernels.retrieval_bounds import doubtful_interval, ordinary, round_rows
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 FIELDS = ("speech_greater", "speech_equal", "image_greater", "image_equal")
-PRECISIONS = {p.name: p for p in retrieval_ranks_cpu.precisions()}
+PRECISIONS = {p.name: p for p in retrieval_ranks_cpu.precisions(768)}
 
 
 def brute_force(speech, image, speech_image_id, image_id):
@@ -48,9 +50,8 @@ def near_ties(generator, n, m, d):
 
 def dynamic_range(generator, n, m, d):
     def rows(count):
-        return normal(generator, count, d) * 10.0 ** (
-            torch.randint(-12, 13, (count, d), generator=generator)
-        )
+        exponents = torch.randint(-40, 9, (count, d), generator=generator)
+        return normal(generator, count, d) * 2.0**exponents
 
     return rows(n), rows(m)
 
@@ -68,8 +69,12 @@ def zeros(generator, n, m, d):
     return speech, image
 
 
-def denormals(generator, n, m, d):
-    return normal(generator, n, d) * 1e-40, normal(generator, m, d) * 1e-42
+def some_denormals(generator, n, m, d):
+    def rows(count):
+        tiny = torch.rand(count, d, generator=generator) < 0.5
+        return normal(generator, count, d) * torch.where(tiny, 1e-40, 1.0)
+
+    return rows(n), rows(m)
 
 
 def not_unit_norm(generator, n, m, d):
@@ -78,13 +83,6 @@ def not_unit_norm(generator, n, m, d):
         return normal(generator, count, d) * scale
 
     return rows(n), rows(m)
-
-
-def near_infinity(generator, n, m, d):
-    largest = torch.finfo(torch.float32).max
-    return tuple(
-        torch.nn.functional.normalize(normal(generator, k, d), dim=1) * largest for k in (n, m)
-    )
 
 
 def small_integers(generator, n, m, d):
@@ -102,12 +100,15 @@ ATTACKS = (
     dynamic_range,
     duplicates,
     zeros,
-    denormals,
+    some_denormals,
     not_unit_norm,
-    near_infinity,
     small_integers,
     trained,
 )
+
+
+def assert_equal_to_brute_force(result, *inputs):
+    assert [getattr(result, field).tolist() for field in FIELDS] == brute_force(*inputs)
 
 
 @pytest.mark.parametrize("name", list(PRECISIONS))
@@ -120,18 +121,86 @@ ATTACKS = (
 )
 def test_never_differs_from_brute_force(name, attack, seed, images, width):
     """Each precision on its own, never giving up on what it is allowed to try."""
-    precision = PRECISIONS[name]
-    without_limit = retrieval_ranks_cpu.Precision(
-        precision.name, precision.dtype, precision.product_dtype, 1.0
-    )
+    without_limit = replace(PRECISIONS[name], doubtful_limit=1.0)
     generator = torch.Generator().manual_seed(seed)
     captions = 2 * images
     speech, image = attack(generator, captions, images, width)
     inputs = speech, image, torch.arange(captions) % images, torch.arange(images)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval_ranks_cpu, "precisions", lambda: [without_limit])
+        patch.setattr(retrieval_ranks_cpu, "precisions", lambda dimensions: [without_limit])
         result = retrieval_ranks(*inputs, impl="cpu")
-    assert [getattr(result, field).tolist() for field in FIELDS] == brute_force(*inputs)
+    assert_equal_to_brute_force(result, *inputs)
+    assert result.path == (name if ordinary(speech, image) else "exact")  # all may be zeros
+
+
+def test_in_the_interpreter(run_interpreted):
+    run_interpreted(__file__)
+
+
+@pytest.mark.parametrize("name", ["INT8", "FP16", "FP32"])
+@settings(
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the device is always the same
+)
+@given(
+    attack=st.sampled_from(ATTACKS),
+    seed=st.integers(0, 2**31),
+    images=st.integers(1, 30),
+    width=st.integers(1, 48),
+)
+def test_triton_never_differs_from_brute_force(triton_device, name, attack, seed, images, width):
+    pytest.importorskip("triton")
+    from cmdlab_kernels import retrieval_ranks_triton
+
+    without_limit = replace(getattr(retrieval_ranks_triton, name), doubtful_limit=1.0)
+    generator = torch.Generator().manual_seed(seed)
+    captions = 2 * images
+    speech, image = attack(generator, captions, images, width)
+    shown = torch.arange(images) // 2  # two views of each image
+    inputs = speech, image, shown[torch.arange(captions) % images], shown
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval_ranks_triton, "precisions", lambda *_: (without_limit,))
+        result = retrieval_ranks(*(x.to(triton_device) for x in inputs), impl="triton")
+    assert_equal_to_brute_force(result, *inputs)
+    assert result.path == (without_limit.name if ordinary(speech, image) else "exact")
+
+
+def all_denormal(generator, n, m, d):
+    return normal(generator, n, d) * 1e-40, normal(generator, m, d) * 1e-42
+
+
+def near_infinity(generator, n, m, d):
+    largest = torch.finfo(torch.float32).max
+    return tuple(
+        torch.nn.functional.normalize(normal(generator, k, d), dim=1) * largest for k in (n, m)
+    )
+
+
+def far_float64(generator, n, m, d):
+    """Copies whose squares overflow on one side and underflow on the other, or nearly so."""
+    exponent = int(torch.randint(140, 170, (), generator=generator))
+    image = normal(generator, m // 4 + 1, d).double().repeat(4, 1)[:m]
+    speech = normal(generator, n, d).double()
+    if exponent % 2:
+        return speech * 10.0**exponent, image * 10.0**-exponent
+    return speech * 10.0**-exponent, image * 10.0**exponent
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    attack=st.sampled_from((all_denormal, near_infinity, far_float64)),
+    seed=st.integers(0, 2**31),
+    images=st.integers(1, 40),
+    width=st.sampled_from((1, 31, 512)),
+)
+def test_inputs_beyond_the_bound_are_counted_exactly(attack, seed, images, width):
+    generator = torch.Generator().manual_seed(seed)
+    speech, image = attack(generator, 2 * images, images, width)
+    inputs = speech, image, torch.arange(2 * images) % images, torch.arange(images)
+    result = retrieval_ranks(*inputs, impl="cpu")
+    assert_equal_to_brute_force(result, *inputs)
+    assert result.path == "exact"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +225,7 @@ def test_little_in_doubt_keeps_the_fastest_precision_and_much_gives_it_up():
     generator = torch.Generator().manual_seed(0)
     speech, image = trained(generator, 300, 100, 256)
     ids = torch.arange(300) % 100, torch.arange(100)
-    fastest = retrieval_ranks_cpu.precisions()[0].name
+    fastest = retrieval_ranks_cpu.precisions(256)[0].name
     assert retrieval_ranks(speech, image, *ids).path == fastest
     same = torch.full((1, 256), 0.1)
     assert retrieval_ranks(same.expand(300, -1), same.expand(100, -1), *ids).path == "exact"
@@ -178,7 +247,7 @@ def test_captions_that_need_different_precisions_make_one_result(monkeypatch):
 
     monkeypatch.setattr(retrieval_ranks_cpu, "_count", spy)
     result = retrieval_ranks(*inputs)
-    assert [getattr(result, field).tolist() for field in FIELDS] == brute_force(*inputs)
+    assert_equal_to_brute_force(result, *inputs)
     assert result.path == "exact"
     assert 0 < passes[0] < 900
 
@@ -194,14 +263,18 @@ def test_tiles_of_any_size_and_padding_give_the_same_counts(monkeypatch):
         monkeypatch.setattr(
             retrieval_ranks_cpu,
             "precisions",
-            lambda: [retrieval_ranks_cpu.Precision("cpu-fp32", torch.float32, torch.float32, 1.0)],
+            lambda dimensions: [
+                retrieval_ranks_cpu.Precision("cpu-fp32", torch.float32, torch.float32, 1.0)
+            ],
         )
         result = retrieval_ranks(*inputs, impl="cpu")
         assert [getattr(result, field).tolist() for field in FIELDS] == expected
 
 
 def test_reduced_precision_products_asked_for_by_the_user_do_not_reach_float32(monkeypatch):
-    monkeypatch.setattr(retrieval_ranks_cpu, "precisions", lambda: [retrieval_ranks_cpu.FP32])
+    monkeypatch.setattr(
+        retrieval_ranks_cpu, "precisions", lambda dimensions: [retrieval_ranks_cpu.FP32]
+    )
     generator = torch.Generator().manual_seed(0)
     speech, image = trained(generator, 512, 512, 512)
     inputs = speech, image, torch.arange(512), torch.arange(512)
@@ -212,4 +285,4 @@ def test_reduced_precision_products_asked_for_by_the_user_do_not_reach_float32(m
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert [getattr(result, field).tolist() for field in FIELDS] == brute_force(*inputs)
+    assert_equal_to_brute_force(result, *inputs)

@@ -1,5 +1,7 @@
 """`retrieval_ranks` with the gallery split over processes equals the single process."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 from cmdlab_kernels import retrieval_ranks
@@ -8,14 +10,17 @@ from torch import distributed, multiprocessing
 FIELDS = ("speech_greater", "speech_equal", "image_greater", "image_equal")
 
 
-def run_shard(rank, world, folder, inputs):
+def run_shard(rank, world, folder, inputs, cuts):
     """One process of the group: it holds all captions and its own images."""
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
+        *("gloo", f"file://{folder}/meeting"),
+        timeout=timedelta(seconds=20),  # a rank that waits for ever fails the test
+        rank=rank,
+        world_size=world,
     )
-    speech, image, speech_image_id, image_id = inputs
-    mine = torch.arange(len(image)).tensor_split([5, 12][: world - 1])[rank]
+    speech, image, speech_image_id, image_id = inputs[rank] if isinstance(inputs, list) else inputs
+    mine = torch.arange(len(image)).tensor_split(cuts[: world - 1])[rank]
     try:
         result = retrieval_ranks(
             speech, image[mine], speech_image_id, image_id[mine], group=distributed.group.WORLD
@@ -26,9 +31,9 @@ def run_shard(rank, world, folder, inputs):
     distributed.destroy_process_group()
 
 
-def run(world, folder, inputs):
+def run(world, folder, inputs, cuts=(5, 12)):
     multiprocessing.start_processes(
-        run_shard, (world, folder, inputs), nprocs=world, start_method="fork"
+        run_shard, (world, folder, inputs, cuts), nprocs=world, start_method="fork"
     )
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
@@ -40,11 +45,24 @@ def embeddings():
     return speech, image, torch.randperm(60, generator=generator) % 20, torch.arange(20)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_shards_add_up(tmp_path, world):
-    inputs = embeddings()
+def several_views():
+    speech, image, speech_image_id, image_id = embeddings()
+    return speech, image, speech_image_id % 7, image_id % 7
+
+
+@pytest.mark.parametrize(
+    ("world", "cuts", "make"),
+    [
+        (2, (5,), embeddings),
+        (3, (5, 12), embeddings),
+        (3, (5, 5), embeddings),  # the second shard is empty
+        (2, (5,), several_views),
+    ],
+)
+def test_shards_add_up(tmp_path, world, cuts, make):
+    inputs = make()
     whole = retrieval_ranks(*inputs)
-    shards = run(world, tmp_path, inputs)
+    shards = run(world, tmp_path, inputs, cuts)
     for shard in shards:
         assert torch.equal(shard[0], whole.speech_greater)
         assert torch.equal(shard[1], whole.speech_equal)
@@ -58,3 +76,29 @@ def test_a_caption_whose_image_is_on_no_shard_is_refused(tmp_path):
     speech_image_id = torch.cat([speech_image_id, torch.tensor([99])])
     for message in run(2, tmp_path, (speech, image, speech_image_id, image_id)):
         assert "on no rank" in message
+
+
+def nan_in_an_image(speech, image, speech_image_id, image_id):
+    image[3, 2] = torch.nan
+    return "must be finite"
+
+
+def an_image_without_a_caption(speech, image, speech_image_id, image_id):
+    image_id[3] = 99
+    return "99 has no caption"
+
+
+@pytest.mark.parametrize("spoil", [nan_in_an_image, an_image_without_a_caption])
+def test_one_bad_shard_raises_on_every_rank(tmp_path, spoil):
+    inputs = embeddings()
+    message = spoil(*inputs)
+    first, *others = run(3, tmp_path, inputs)
+    assert message in first
+    assert all("another rank of the group failed" in other for other in others)
+
+
+def test_ranks_that_pass_different_captions_are_refused(tmp_path):
+    speech, image, speech_image_id, image_id = embeddings()
+    fewer = speech[:-1], image, speech_image_id[:-1], image_id
+    for message in run(2, tmp_path, [embeddings(), fewer]):
+        assert "the same captions" in message

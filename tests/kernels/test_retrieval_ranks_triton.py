@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cmdlab_kernels import retrieval_ranks
+from cmdlab_kernels.retrieval_scores import tile_scores
 
 pytest.importorskip("triton")
 
@@ -43,9 +44,27 @@ def test_triton_precisions(triton_device, monkeypatch, name):
     from cmdlab_kernels import retrieval_ranks_triton
 
     precision = getattr(retrieval_ranks_triton, name)
-    monkeypatch.setattr(retrieval_ranks_triton, "precisions", lambda dtype: (precision,))
+    monkeypatch.setattr(retrieval_ranks_triton, "precisions", lambda *_: (precision,))
     inputs = trained(190, 70, 40, torch.float32)
     assert_equal_to_reference(inputs, triton_device, precision.name)
+
+
+def test_triton_pair_scores_are_the_defined_ones(triton_device):
+    from cmdlab_kernels import retrieval_ranks_triton
+
+    speech, image, *_ = (x.to(triton_device) for x in trained(90, 30, 67, torch.float32))
+    generator = torch.Generator().manual_seed(0)
+    row, column = (
+        torch.randint(n, (130,), generator=generator).to(triton_device) for n in (90, 30)
+    )
+    scores = retrieval_ranks_triton.pair_scores(speech, image, row, column)
+    assert torch.equal(scores, tile_scores(speech, image)[row, column])
+
+
+def test_triton_several_views_of_an_image(triton_device):
+    speech, image, *_ = trained(150, 140, 24, torch.float32)
+    inputs = speech, image, torch.arange(150) % 14 * 3, torch.arange(140) % 14 * 3
+    assert_equal_to_reference(inputs, triton_device)
 
 
 def test_triton_ties(triton_device):
