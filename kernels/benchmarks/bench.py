@@ -11,6 +11,7 @@ returns one `row(...)` a figure. What it measures with is here.
 from __future__ import annotations
 
 import csv
+import ctypes
 import gc
 import importlib
 import os
@@ -31,6 +32,8 @@ COLUMNS = (
     *("flops", "bytes", "fraction_of_floor", "peak_memory_bytes"),
     *("device", "threads", "driver", "torch", "triton", "git_sha"),
 )
+GRAPH_BELOW = 100e-6  # seconds; below, launches are a good part of the time
+GRAPH = ", CUDA graph"
 Quantiles = tuple[float, float, float]
 
 
@@ -134,15 +137,12 @@ def timings(
 
     On a CPU the functions take turns, so that a change in the machine's load meets them all; one
     that has taken 30 s has been timed often enough. On a GPU each is timed by
-    triton.testing.do_bench, which clears the L2 cache between calls.
+    triton.testing.do_bench, which clears the L2 cache between calls; one of less than 100 µs a
+    second time as NAME + GRAPH, without the time of its launches and with a warm cache. What
+    a graph cannot hold, since it waits for the device, has no such line.
     """
     if device == "cuda":
-        from triton.testing import do_bench
-
-        return {
-            name: tuple(1e-3 * q for q in do_bench(function, quantiles=[0.2, 0.5, 0.8]))
-            for name, function in functions.items()
-        }
+        return _cuda_timings(functions)
     for function in functions.values():
         function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -156,6 +156,22 @@ def timings(
     return {name: _quantiles(values) for name, values in seconds.items()}
 
 
+def _cuda_timings(functions: dict[str, Callable[[], object]]) -> dict[str, Quantiles]:
+    from triton.testing import do_bench, do_bench_cudagraph
+
+    found: dict[str, Quantiles] = {}
+    for name, function in functions.items():
+        found[name] = tuple(1e-3 * q for q in do_bench(function, quantiles=[0.2, 0.5, 0.8]))
+        if found[name][1] < GRAPH_BELOW:
+            try:
+                replays = do_bench_cudagraph(function, quantiles=[0.2, 0.5, 0.8])
+            except RuntimeError as error:
+                print(f"{name}: no CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
+            else:
+                found[name + GRAPH] = tuple(1e-3 * q for q in replays)
+    return found
+
+
 def peak_memory(function: Callable[[], object], device: str) -> int:
     """Bytes that the function, already called once, holds at most above what was held before."""
     gc.collect()
@@ -165,6 +181,10 @@ def peak_memory(function: Callable[[], object], device: str) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    # glibc keeps what it freed, which would count as held before and hide what is used again.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries lack it
+    if trim is not None:
+        trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak resident size starts again from here
     before = _resident("VmRSS")
     function()

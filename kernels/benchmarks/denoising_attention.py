@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench import gate, peak_memory, row, timings
+from bench import GRAPH, gate, peak_memory, row, timings
 from cmdlab_kernels.denoising_attention import (
     Projections,
     denoising_attention,
@@ -102,7 +102,7 @@ def _size(size: tuple[int, ...], device: str, ceilings: dict[str, float]) -> lis
                 flops=passes * flops,
                 least_bytes=passes * least_bytes,
                 floor=passes * max(flops / product, least_bytes / ceilings["copy"]),
-                peak_memory_bytes=peak_memory(functions[name], device),
+                peak_memory_bytes=peak_memory(functions[name.removesuffix(GRAPH)], device),
             )
             for name, seconds in timings(functions, device).items()
         ]

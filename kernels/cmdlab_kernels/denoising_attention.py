@@ -13,8 +13,7 @@ from torch import Tensor
 Implementation = Literal["auto", "reference", "padded", "triton"]
 Loss = Literal["normalised_mse", "cosine"]
 EPSILON = 1e-6
-# What the Triton kernels hold without spilling: a whole row of D, and a head of each dtype.
-TRITON_WIDEST_ROW = 8192
+# The widest head that the Triton kernels hold without spilling.
 TRITON_WIDEST_HEAD = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 
@@ -55,7 +54,7 @@ def denoising_attention(
     `restoration_loss`).
 
     Args:
-        source: [S, D] float.
+        source: [S, D] float; its dtype is that of `position`, `tokens`, `projections`, `target`.
         source_index: [P] int64.
         position: [T, D] positional embedding.
         place: [P] int64, the corrupted place within its item.
@@ -69,11 +68,15 @@ def denoising_attention(
         loss: "normalised_mse" or "cosine".
         impl: as in `cross_attention`.
 
-    With P = 0 the loss is 0.
+    With P = 0 the loss is 0. What holds for indices is told in `cross_attention`.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or an `impl` that cannot run.
     """
+    check_dtype(
+        "source, position, tokens, target and projections",
+        *(source, position, tokens, target, *projections),
+    )
     if source.ndim != 2 or position.ndim != 2 or source.shape[1] != position.shape[1]:
         raise ValueError(
             f"source [S, D] and position [T, D] expected, got {list(source.shape)} and "
@@ -81,7 +84,7 @@ def denoising_attention(
         )
     check_index("source_index", source_index, item.shape[0], source)
     check_index("place", place, item.shape[0], position)
-    if use_triton(impl, source, source.shape[1] <= TRITON_WIDEST_ROW):
+    if use_triton(impl, source):
         from cmdlab_kernels.denoising_attention_triton import corrupted_queries
 
         query = corrupted_queries(source, source_index, position, place)
@@ -104,7 +107,7 @@ def cross_attention(
     """Return query + output(softmax(q kᵀ / √d) v) [P, D], each query over its item's tokens.
 
     Args:
-        query: [P, D] float, flat over the batch.
+        query: [P, D] float, flat over the batch; its dtype is that of `tokens` and `projections`.
         item: [P] int64, the item of each query, never decreasing.
         tokens: [B, K, E], padded; what the padding holds never matters.
         lengths: [B] int64 valid tokens of each item. With none, the query comes back unchanged.
@@ -115,26 +118,27 @@ def cross_attention(
             float16 or bfloat16 with heads up to 128 wide, float32 up to 64), or "auto": "triton"
             where it runs, else "padded".
 
-    On the CPU an index out of range or order raises. On CUDA, where looking would wait for the
-    device, it makes NaN for its place.
+    On the CPU outside torch.compile an index out of range or order raises. Elsewhere, where looking
+    would wait for the device or break the graph, "triton" makes NaN for its place; the others give
+    the right answer for any order of `item`, and leave an index out of range to torch.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or an `impl` that cannot run.
     """
+    check_dtype("query, tokens and projections", query, tokens, *projections)
     check_attention(query, item, tokens, lengths, projections, heads)
     valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, K]
     tokens = tokens.where(valid[..., None], 0)
     q = F.linear(query, projections.query)  # [P, W]
     key_value = F.linear(tokens, projections.key_value)  # [B, K, 2W]
-    if q.dtype != key_value.dtype:
-        raise ValueError(f"query and tokens must share a dtype, not {q.dtype}, {key_value.dtype}")
-    narrow = q.shape[1] // heads <= TRITON_WIDEST_HEAD.get(q.dtype, 0)
-    if use_triton(impl, q, narrow):
+    if use_triton(impl, q, q.shape[1] // heads):
         from cmdlab_kernels.ragged_attention_triton import ragged_attention_fwd
 
         attended = ragged_attention_fwd(q, item, key_value, lengths, heads)[0]
     elif impl == "reference":
         attended = reference_attention(q, item, key_value, lengths, heads)
+    elif torch.compiler.is_compiling():
+        attended = padded_attention_fwd(q, item, key_value, lengths, heads)
     else:
         attended = padded_attention(q, item, key_value, lengths, heads)
     return torch.addmm(query, attended, projections.output.T)
@@ -155,7 +159,7 @@ def restoration_loss(
 
     Args:
         restored: [P, D] float.
-        target: [R, D]; takes no gradient.
+        target: [R, D] float; takes no gradient.
         target_index: [P] int64, the target's row for each place.
         loss: which of the two.
         impl: as in `cross_attention`.
@@ -170,7 +174,7 @@ def restoration_loss(
             f"{list(target.shape)}"
         )
     check_index("target_index", target_index, restored.shape[0], target)
-    if use_triton(impl, restored, restored.shape[1] <= TRITON_WIDEST_ROW):
+    if use_triton(impl, restored):
         from cmdlab_kernels.denoising_attention_triton import restoration_losses
 
         losses = restoration_losses(restored, target.detach(), target_index, loss == "cosine")
@@ -201,32 +205,97 @@ def padded_attention(
     q: Tensor, item: Tensor, key_value: Tensor, lengths: Tensor, heads: int
 ) -> Tensor:
     """Do as `reference_attention`, with the queries of each item padded to the longest run."""
-    (p, w), (b, k, _) = q.shape, key_value.shape
-    queries = torch.bincount(item, minlength=b)
-    longest = int(queries.max())
-    spare = longest * torch.arange(b, device=q.device) - (queries.cumsum(0) - queries)
-    row = torch.arange(p, device=q.device) + spare[item]
-    padded = q.new_zeros(b * longest, w).index_copy(0, row, q)
-    padded = padded.view(b, longest, heads, w // heads).transpose(1, 2)  # [B, H, longest, d]
-    keys, values = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in key_value.split(w, -1))
+    (b, k, _), (row, longest) = key_value.shape, padded_rows(item, key_value.shape[0])
+    padded = padded_heads(q, row, (b, longest, heads))
+    keys, values = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in key_value.chunk(2, -1))
     valid = torch.arange(k, device=q.device) < lengths[:, None]  # [B, K]
     out = F.scaled_dot_product_attention(padded, keys, values, attn_mask=valid[:, None, None])
-    return out.transpose(1, 2).reshape(b * longest, w).index_select(0, row)
+    return out.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, row)
 
 
-def use_triton(impl: str, tensor: Tensor, narrow: bool) -> bool:
+def padded_rows(item: Tensor, b: int) -> tuple[Tensor, int]:
+    """Return each query's row when all items have as many as the longest, and that number."""
+    queries = torch.bincount(item, minlength=b)
+    longest = int(queries.max()) if b > 0 else 0
+    spare = longest * torch.arange(b, device=item.device) - (queries.cumsum(0) - queries)
+    return item.argsort(stable=True).argsort() + spare[item], longest  # `item` in any order
+
+
+def padded_heads(x: Tensor, row: Tensor, sizes: tuple[int, int, int]) -> Tensor:
+    """Return x [P, W] as [B, H, longest, d], zero between the items, for (B, longest, H)."""
+    b, longest, heads = sizes
+    padded = x.new_zeros(b * longest, x.shape[1]).index_copy(0, row, x)
+    return padded.view(b, longest, heads, x.shape[1] // heads).transpose(1, 2)
+
+
+@torch.library.custom_op("cmdlab_kernels::padded_attention_fwd", mutates_args=())
+def padded_attention_fwd(
+    q: Tensor, item: Tensor, key_value: Tensor, lengths: Tensor, heads: int
+) -> Tensor:
+    """`padded_attention` as one operator: the size of its padding would break a graph."""
+    return padded_attention(q, item, key_value, lengths, heads)
+
+
+@torch.library.custom_op("cmdlab_kernels::padded_attention_bwd", mutates_args=())
+def padded_attention_bwd(
+    grad: Tensor, q: Tensor, item: Tensor, key_value: Tensor, lengths: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of q [P, W] and key_value [B, K, 2W]; computes the weights again."""
+    (b, k, _), (row, longest) = key_value.shape, padded_rows(item, key_value.shape[0])
+    q, grad = (padded_heads(x, row, (b, longest, heads)) for x in (q, grad))
+    keys, values = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in key_value.chunk(2, -1))
+    outside = (torch.arange(k, device=q.device) >= lengths[:, None])[:, None, None]
+    scale = q.shape[-1] ** -0.5
+    weights = (scale * q @ keys.mT).masked_fill(outside, -torch.inf).softmax(-1)
+    weights = weights.masked_fill(outside, 0)  # [B, H, longest, K]
+    grad_weights = grad @ values.mT
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
+    grad_q = (grad_scores @ keys).transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, row)
+    grad_key_value = torch.cat([grad_scores.mT @ q, weights.mT @ grad], 1)  # [B, 2H, K, d]
+    return grad_q, grad_key_value.transpose(1, 2).flatten(2).contiguous()
+
+
+@padded_attention_fwd.register_fake
+def _(q, item, key_value, lengths, heads):
+    return q.new_empty(q.shape)
+
+
+@padded_attention_bwd.register_fake
+def _(grad, q, item, key_value, lengths, heads):
+    return q.new_empty(q.shape), key_value.new_empty(key_value.shape)
+
+
+def save_padded(ctx, inputs, output):
+    *tensors, ctx.heads = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def backward_padded(ctx, grad):
+    grad_q, grad_key_value = padded_attention_bwd(grad, *ctx.saved_tensors, ctx.heads)
+    return grad_q, None, grad_key_value, None, None
+
+
+padded_attention_fwd.register_autograd(backward_padded, setup_context=save_padded)
+
+
+def use_triton(impl: str, tensor: Tensor, head_width: int = 0) -> bool:
     """Return whether `impl` means the Triton kernels here; raise if they cannot do as asked."""
     if impl not in ("auto", "reference", "padded", "triton"):
         raise ValueError(f"impl must be 'auto', 'reference', 'padded' or 'triton', not {impl!r}")
     device = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    runs = device and tensor.dtype in TRITON_WIDEST_HEAD and narrow
+    runs = device and head_width <= TRITON_WIDEST_HEAD.get(tensor.dtype, -1)
     if impl == "triton" and not runs:
         raise ValueError(
-            'impl="triton" supports CUDA, D up to 8192, and float16 or bfloat16 with heads up to '
-            f"128 wide or float32 up to 64; got {tensor.dtype} {list(tensor.shape)} on "
-            f"{tensor.device.type}"
+            'impl="triton" supports CUDA, and float16 or bfloat16 with heads up to 128 wide or '
+            f"float32 up to 64; got {tensor.dtype} {list(tensor.shape)} on {tensor.device.type}"
         )
     return impl == "triton" or (impl == "auto" and tensor.is_cuda and runs)
+
+
+def check_dtype(names: str, *tensors: Tensor) -> None:
+    dtypes = [tensor.dtype for tensor in tensors]
+    if any(dtype != dtypes[0] or not dtype.is_floating_point for dtype in dtypes):
+        raise ValueError(f"{names} must share a float dtype, got {dtypes}")
 
 
 def check_index(name: str, index: Tensor, count: int, table: Tensor) -> None:

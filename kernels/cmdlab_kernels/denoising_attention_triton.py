@@ -10,25 +10,22 @@ import triton.language as tl
 from torch import Tensor
 
 EPSILON = tl.constexpr(1e-6)
+ROW_TILE = {"ROWS": 8, "BLOCK_D": 128, "num_warps": 4}
 SUM_TILE = {"ROWS": 32, "BLOCK_D": 64, "num_warps": 4}
 
 
-def configuration(width: int) -> dict:
-    """Return the tile sizes and launch options of a kernel that holds whole rows."""
-    block = triton.next_power_of_2(width)
-    return {"ROWS": max(1, 2048 // block), "BLOCK_D": block, "num_warps": 4 if block < 4096 else 8}
-
-
 @triton.jit
-def load_rows(pointer, index, inside, D, BLOCK_D: tl.constexpr):
-    """Return rows by index, [ROWS, BLOCK_D] float32; NaN where the index is out of range."""
-    columns = tl.arange(0, BLOCK_D)
+def load_rows(pointer, index, inside, columns, D):
+    """Return columns of rows by index, float32; NaN in a row whose index is out of range."""
     offset = index.to(tl.int64)[:, None] * D + columns[None, :]
     rows = tl.load(pointer + offset, mask=inside[:, None] & (columns < D)[None, :], other=0.0)
     return tl.where(inside[:, None], rows.to(tl.float32), float("nan"))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["P", "S", "T"],
+    do_not_specialize_on_alignment=["source_index_ptr", "place_ptr"],
+)
 def queries_fwd_kernel(
     source_ptr, source_index_ptr, position_ptr, place_ptr,
     out_ptr,  # [P, D]
@@ -39,9 +36,9 @@ def queries_fwd_kernel(
     live = rows < P
     index = tl.load(source_index_ptr + rows, mask=live, other=0)
     place = tl.load(place_ptr + rows, mask=live, other=0)
-    query = load_rows(source_ptr, index, live & (index >= 0) & (index < S), D, BLOCK_D)
-    query += load_rows(position_ptr, place, live & (place >= 0) & (place < T), D, BLOCK_D)
-    columns = tl.arange(0, BLOCK_D)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    query = load_rows(source_ptr, index, live & (index >= 0) & (index < S), columns, D)
+    query += load_rows(position_ptr, place, live & (place >= 0) & (place < T), columns, D)
     offset = rows.to(tl.int64)[:, None] * D + columns[None, :]
     query = query.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offset, query, mask=live[:, None] & (columns < D)[None, :])
@@ -70,7 +67,7 @@ def sum_by_index_kernel(
     tl.store(out_ptr + offset, total.to(out_ptr.dtype.element_ty), mask=columns < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "R"], do_not_specialize_on_alignment=["target_index_ptr"])
 def loss_fwd_kernel(
     restored_ptr, target_ptr, target_index_ptr,
     loss_ptr,  # [P] float32
@@ -78,19 +75,21 @@ def loss_fwd_kernel(
     COSINE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    index = tl.load(target_index_ptr + rows, mask=rows < P, other=-1)
-    r = load_rows(restored_ptr, rows, rows < P, D, BLOCK_D)
-    t = load_rows(target_ptr, index, (index >= 0) & (index < R), D, BLOCK_D)
+    live = rows < P
+    index = tl.load(target_index_ptr + rows, mask=live, other=-1)
+    sound = (index >= 0) & (index < R)
+    rr, rt, tt, difference = row_sums(
+        restored_ptr, target_ptr, rows, live, index, sound, D, ROWS, BLOCK_D
+    )
     if COSINE:
-        norms = tl.maximum(tl.sqrt(tl.sum(r * r, 1)), EPSILON)
-        norms *= tl.maximum(tl.sqrt(tl.sum(t * t, 1)), EPSILON)
-        loss = 1 - tl.sum(r * t, 1) / norms
+        norms = tl.maximum(tl.sqrt(rr), EPSILON) * tl.maximum(tl.sqrt(tt), EPSILON)
+        loss = 1 - rt / norms
     else:
-        loss = tl.sum((r - t) * (r - t), 1) / tl.maximum(tl.sum(t * t, 1), EPSILON)
-    tl.store(loss_ptr + rows, loss, mask=rows < P)
+        loss = difference / tl.maximum(tt, EPSILON)
+    tl.store(loss_ptr + rows, loss, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "R"], do_not_specialize_on_alignment=["target_index_ptr"])
 def loss_bwd_kernel(
     grad_ptr,  # [P] float32
     restored_ptr, target_ptr, target_index_ptr,
@@ -101,22 +100,48 @@ def loss_bwd_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < P
     index = tl.load(target_index_ptr + rows, mask=live, other=-1)
+    sound = (index >= 0) & (index < R)
     grad = tl.load(grad_ptr + rows, mask=live, other=0.0)
-    r = load_rows(restored_ptr, rows, live, D, BLOCK_D)
-    t = load_rows(target_ptr, index, (index >= 0) & (index < R), D, BLOCK_D)
+    rr, rt, tt, _ = row_sums(restored_ptr, target_ptr, rows, live, index, sound, D, ROWS, BLOCK_D)
     if COSINE:
-        norm = tl.sqrt(tl.sum(r * r, 1))
+        norm = tl.sqrt(rr)
         longest = tl.maximum(norm, EPSILON)
-        factor = grad / (longest * tl.maximum(tl.sqrt(tl.sum(t * t, 1)), EPSILON))
-        along = tl.where(norm > EPSILON, tl.sum(r * t, 1) / (longest * longest), 0.0)
-        grad_restored = factor[:, None] * (along[:, None] * r - t)
+        factor = grad / (longest * tl.maximum(tl.sqrt(tt), EPSILON))
+        along = tl.where(norm > EPSILON, rt / (longest * longest), 0.0)
     else:
-        grad_restored = (2 * grad / tl.maximum(tl.sum(t * t, 1), EPSILON))[:, None] * (r - t)
-    columns = tl.arange(0, BLOCK_D)
-    offset = rows.to(tl.int64)[:, None] * D + columns[None, :]
-    grad_restored = grad_restored.to(grad_restored_ptr.dtype.element_ty)
-    mask = live[:, None] & (columns < D)[None, :]
-    tl.store(grad_restored_ptr + offset, grad_restored, mask=mask)
+        factor = 2 * grad / tl.maximum(tt, EPSILON)
+        along = tl.full((ROWS,), 1.0, tl.float32)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        r = load_rows(restored_ptr, rows, live, columns, D)
+        t = load_rows(target_ptr, index, sound, columns, D)
+        grad_restored = factor[:, None] * (along[:, None] * r - t)
+        offset = rows.to(tl.int64)[:, None] * D + columns[None, :]
+        mask = live[:, None] & (columns < D)[None, :]
+        tl.store(
+            grad_restored_ptr + offset, grad_restored.to(grad_restored_ptr.dtype.element_ty), mask
+        )
+
+
+@triton.jit
+def row_sums(
+    restored_ptr, target_ptr, rows, live, index, sound, D,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return r·r, r·t, t·t and ‖r − t‖² of each row, [ROWS] float32."""
+    rr = tl.zeros((ROWS,), tl.float32)
+    rt = tl.zeros((ROWS,), tl.float32)
+    tt = tl.zeros((ROWS,), tl.float32)
+    difference = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        r = load_rows(restored_ptr, rows, live, columns, D)
+        t = load_rows(target_ptr, index, sound, columns, D)
+        rr += tl.sum(r * r, 1)
+        rt += tl.sum(r * t, 1)
+        tt += tl.sum(t * t, 1)
+        difference += tl.sum((r - t) * (r - t), 1)
+    return rr, rt, tt, difference
 
 
 @torch.library.custom_op("cmdlab_kernels::corrupted_queries", mutates_args=())
@@ -126,13 +151,13 @@ def corrupted_queries(
     """Return source[source_index] + position[place], [P, D]."""
     (p,), d = source_index.shape, source.shape[1]
     out = source.new_empty(p, d)
-    options = configuration(d)
     if p > 0:
+        grid = triton.cdiv(p, ROW_TILE["ROWS"]), triton.cdiv(d, ROW_TILE["BLOCK_D"])
         with torch.cuda.device_of(source):
-            queries_fwd_kernel[(triton.cdiv(p, options["ROWS"]),)](
+            queries_fwd_kernel[grid](
                 source.contiguous(), source_index.contiguous(),
                 position.contiguous(), place.contiguous(),
-                out, p, source.shape[0], position.shape[0], d, **options,
+                out, p, source.shape[0], position.shape[0], d, **ROW_TILE,
             )  # fmt: skip
     return out
 
@@ -158,12 +183,11 @@ def restoration_losses(
     """Return the loss of each place, [P] float32; no gradient flows to `target`."""
     p, d = restored.shape
     loss = restored.new_empty(p, dtype=torch.float32)
-    options = configuration(d)
     if p > 0:
         with torch.cuda.device_of(restored):
-            loss_fwd_kernel[(triton.cdiv(p, options["ROWS"]),)](
+            loss_fwd_kernel[(triton.cdiv(p, ROW_TILE["ROWS"]),)](
                 restored.contiguous(), target.contiguous(), target_index.contiguous(),
-                loss, p, target.shape[0], d, COSINE=cosine, **options,
+                loss, p, target.shape[0], d, COSINE=cosine, **ROW_TILE,
             )  # fmt: skip
     return loss
 
@@ -175,13 +199,12 @@ def restoration_losses_bwd(
     """Return the gradient of `restored` [P, D] for the gradient of each place's loss [P]."""
     p, d = restored.shape
     grad_restored = restored.new_empty(p, d)
-    options = configuration(d)
     if p > 0:
         with torch.cuda.device_of(restored):
-            loss_bwd_kernel[(triton.cdiv(p, options["ROWS"]),)](
+            loss_bwd_kernel[(triton.cdiv(p, ROW_TILE["ROWS"]),)](
                 grad.contiguous(), restored.contiguous(), target.contiguous(),
                 target_index.contiguous(), grad_restored,
-                p, target.shape[0], d, COSINE=cosine, **options,
+                p, target.shape[0], d, COSINE=cosine, **ROW_TILE,
             )  # fmt: skip
     return grad_restored
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 LN_2 = math.log(2)
 # Sums are kept as Σ 2^(logit − scale + HEADROOM), logits in bits: up to 2^26 terms of 2^100 stay
-# finite. A sum below 2^TRUSTED may have lost terms to underflow and is computed again.
+# finite. A sum below TRUSTED may have lost terms to underflow, one of longer rows may be infinite:
+# either is computed again.
 HEADROOM = tl.constexpr(100.0)
 TRUSTED = tl.constexpr(2.0**-80)
 COLUMNS_AT_ONCE = 4096
@@ -24,10 +25,10 @@ COLUMNS_AT_ONCE = 4096
 def configuration(kernel, dtype: torch.dtype, capability: int) -> dict:
     """Return a kernel's tile sizes and launch options; one for each case, no autotuning."""
     if dtype == torch.float32:
-        return {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
-    # Hopper wants the wider tile, which the other kernels and devices hold only by spilling.
-    width = 256 if kernel is sums_fwd_kernel and capability // 10 == 9 else 128
-    return {"BLOCK_N": 128, "BLOCK_M": width, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 3}
+    # Hopper's wgmma wants the taller tile of sums, and has the registers for it.
+    height = 256 if kernel is sums_fwd_kernel and capability // 10 == 9 else 128
+    return {"BLOCK_N": height, "BLOCK_M": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def denominators(group_ptr, rows, columns, N):
     return (row_group[:, None] != column_group[None, :]) | (rows[:, None] == columns[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def sums_fwd_kernel(
     speech_ptr, image_ptr, group_ptr, scale_ptr,
     row_sum_ptr,  # [column blocks, N]
@@ -89,14 +90,15 @@ def sums_fwd_kernel(
         tl.store(positive_ptr + rows, positive, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def untrusted_fwd_kernel(
     speech_ptr, image_ptr, group_ptr, scale_ptr, sum_ptr, lse_ptr, N, D,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Overwrite `lse` [N] where `sum` is too small to trust, with a running maximum per row."""
+    """Overwrite `lse` [N] where `sum` is not to be trusted, with a running maximum per row."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    untrusted = tl.load(sum_ptr + rows, mask=rows < N, other=1.0) < TRUSTED
+    total = tl.load(sum_ptr + rows, mask=rows < N, other=1.0)
+    untrusted = (total < TRUSTED) | (total == float("inf"))
     if tl.max(untrusted.to(tl.int32), 0) > 0:
         bits = tl.load(scale_ptr) * 1.4426950408889634
         maximum = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -117,7 +119,7 @@ def untrusted_fwd_kernel(
         tl.store(lse_ptr + rows, lse, mask=untrusted & (rows < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "width", "first_column"])
 def weights_bwd_kernel(
     speech_ptr, image_ptr, group_ptr, scale_ptr, row_lse_ptr, column_lse_ptr,
     weight_ptr,  # [N, width]

@@ -7,6 +7,7 @@ nothing outside. No atomics: results repeat bit for bit.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,12 +19,12 @@ def configuration(kernel, dtype: torch.dtype, head_width: int) -> dict:
     """Return a kernel's tile sizes and launch options; one for each case, no autotuning."""
     width = triton.next_power_of_2(head_width)
     if dtype == torch.float32:  # multiplied outside the tensor cores, from registers
-        sizes = {"BLOCK_Q": 16, "BLOCK_K": 16, "BLOCK_D": max(32, width), "num_stages": 1}
-    else:
-        queries = 32 if kernel is key_value_bwd_kernel else 64
-        keys = 32 if kernel is query_bwd_kernel else 64
-        sizes = {"BLOCK_Q": queries, "BLOCK_K": keys, "BLOCK_D": max(16, width), "num_stages": 2}
-    return sizes | {"num_warps": 4}
+        sizes = {"BLOCK_Q": 16, "BLOCK_K": 16, "BLOCK_D": max(32, width)}
+        return sizes | {"num_stages": 1, "num_warps": 8}
+    queries = 32 if kernel is key_value_bwd_kernel else 64
+    keys = 32 if kernel is query_bwd_kernel else 64
+    sizes = {"BLOCK_Q": queries, "BLOCK_K": keys, "BLOCK_D": max(16, width)}
+    return sizes | {"num_stages": 2, "num_warps": 4}
 
 
 @triton.jit
@@ -63,7 +64,10 @@ def load_items(item_ptr, lengths_ptr, rows, P, B, K):
     return tl.where(sound, item, -1).to(tl.int32), sound
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["P", "B", "K", "H"],
+    do_not_specialize_on_alignment=["item_ptr", "lengths_ptr"],
+)
 def attention_fwd_kernel(
     q_ptr,  # [P, W]
     key_value_ptr,  # [B, K, 2W]
@@ -107,7 +111,10 @@ def attention_fwd_kernel(
     tl.store(lse_ptr + head.to(tl.int64) * P + rows, lse, mask=live)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["P", "B", "K", "H"],
+    do_not_specialize_on_alignment=["item_ptr", "lengths_ptr"],
+)
 def query_bwd_kernel(
     grad_ptr, q_ptr, key_value_ptr, item_ptr, lengths_ptr, out_ptr, lse_ptr,
     delta_ptr,  # [H, P], written here for `key_value_bwd_kernel`
@@ -147,7 +154,7 @@ def query_bwd_kernel(
     store_head(grad_q_ptr + head * D, grad_q, first, live, W, D, BLOCK_Q, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "K", "H"], do_not_specialize_on_alignment=["lengths_ptr"])
 def key_value_bwd_kernel(
     grad_ptr, q_ptr, key_value_ptr, lengths_ptr, lse_ptr, delta_ptr,
     first_query_ptr,  # [B + 1], where each item's queries start
@@ -192,7 +199,8 @@ def ragged_attention_fwd(
     q: Tensor, item: Tensor, key_value: Tensor, lengths: Tensor, heads: int
 ) -> tuple[Tensor, Tensor]:
     """Return what each query attends to [P, W], and its log-sum-exp in bits, [H, P] float32."""
-    q, key_value = q.contiguous(), key_value.contiguous()
+    head_width = q.shape[1] // heads
+    q, key_value = padded_heads(q, head_width), padded_heads(key_value, head_width)
     (p, w), (b, k, _) = q.shape, key_value.shape
     out, lse = torch.empty_like(q), q.new_empty(heads, p, dtype=torch.float32)
     options = configuration(attention_fwd_kernel, q.dtype, w // heads)
@@ -200,9 +208,9 @@ def ragged_attention_fwd(
         with torch.cuda.device_of(q):
             attention_fwd_kernel[(triton.cdiv(p, options["BLOCK_Q"]), heads)](
                 q, key_value, item.contiguous(), lengths.contiguous(), out, lse,
-                p, b, k, heads, w // heads, (w // heads) ** -0.5, **options,
+                p, b, k, heads, w // heads, head_width**-0.5, **options,
             )  # fmt: skip
-    return out, lse
+    return narrow_heads(out, heads, head_width), lse
 
 
 @torch.library.custom_op("cmdlab_kernels::ragged_attention_bwd", mutates_args=())
@@ -217,12 +225,13 @@ def ragged_attention_bwd(
     heads: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of q [P, W] and key_value [B, K, 2W], zero where keys are padding."""
-    grad, q, key_value = grad.contiguous(), q.contiguous(), key_value.contiguous()
+    head_width = q.shape[1] // heads
+    grad, q, key_value, out = (padded_heads(x, head_width) for x in (grad, q, key_value, out))
     item, lengths = item.contiguous(), lengths.contiguous()
     (p, w), (b, k, _) = q.shape, key_value.shape
     grad_q, grad_key_value, delta = map(torch.empty_like, (q, key_value, lse))
     first_query = torch.searchsorted(item, torch.arange(b + 1, device=q.device), out_int32=True)
-    sizes = (k, heads, w // heads, (w // heads) ** -0.5)
+    sizes = (k, heads, w // heads, head_width**-0.5)
     with torch.cuda.device_of(q):
         if p > 0:
             options = configuration(query_bwd_kernel, q.dtype, w // heads)
@@ -235,7 +244,26 @@ def ragged_attention_bwd(
                 grad, q, key_value, lengths, lse, delta, first_query, grad_key_value,
                 p, *sizes, **options,
             )  # fmt: skip
-    return grad_q, grad_key_value
+    return (
+        narrow_heads(grad_q, heads, head_width),
+        narrow_heads(grad_key_value, 2 * heads, head_width),
+    )
+
+
+def padded_heads(x: Tensor, head_width: int) -> Tensor:
+    """Return x contiguous, each head [.., d] filled with zeros to a multiple of 16.
+
+    Other widths need more registers for their addresses than there are.
+    """
+    if head_width % 16 == 0:
+        return x.contiguous()
+    return F.pad(x.unflatten(-1, (-1, head_width)), (0, -head_width % 16)).flatten(-2)
+
+
+def narrow_heads(x: Tensor, heads: int, head_width: int) -> Tensor:
+    """Undo `padded_heads`."""
+    x = x.unflatten(-1, (heads, -1))
+    return x[..., :head_width].flatten(-2).contiguous()
 
 
 @ragged_attention_fwd.register_fake

@@ -22,10 +22,7 @@ from cmdlab_kernels import (  # noqa: E402
     ragged_attention_triton,
     retrieval_ranks_triton,
 )
-from cmdlab_kernels.denoising_attention import (  # noqa: E402
-    TRITON_WIDEST_HEAD,
-    TRITON_WIDEST_ROW,
-)
+from cmdlab_kernels.denoising_attention import TRITON_WIDEST_HEAD  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -57,18 +54,21 @@ DTYPES.append((torch.float16, 90))
 def check(kernel, dtype, capability, configuration, folder, *, odd=(), **own_types) -> str:
     """Compile `kernel`; fail if it spills or wants too much shared memory; return its PTX.
 
-    odd: sizes that need not be multiples of 16. own_types: of arguments that other kernels have
-    with another type.
+    Triton compiles again for a size or an address that is no multiple of 16, unless the kernel
+    forbids it for that argument. odd: arguments that are none here. own_types: of arguments that
+    other kernels have with another type.
     """
     names = kernel.arg_names
     launch = {k: v for k, v in configuration.items() if k.startswith("num_")}
     constants = {k: v for k, v in configuration.items() if k not in launch}
     known = ARGUMENTS | own_types
     types = {name: known.get(name, ELEMENT[dtype]) for name in names if name not in constants}
+    unspecialised = {p.name for p in kernel.params if p.do_not_specialize}
+    unspecialised |= {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
-        if kind.startswith("*") or (kind == "i32" and name not in odd)
+        if kind.startswith(("*", "i32")) and name not in unspecialised and name not in odd
     }
     signature = {name: types.get(name, "constexpr") for name in names}
     source = ASTSource(
@@ -82,7 +82,7 @@ def check(kernel, dtype, capability, configuration, folder, *, odd=(), **own_typ
         [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
     ).stdout
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
-    where = f"{kernel.__name__} {dtype} {capability} {configuration}"
+    where = f"{kernel.__name__} {dtype} {capability} {configuration} {odd}"
     assert used["REG"] > 0, dump
     assert used["STACK"] == used["LOCAL"] == 0, f"spills: {where}: {used}"
     assert compiled.metadata.shared <= SHARED_MEMORY[capability], where
@@ -92,7 +92,7 @@ def check(kernel, dtype, capability, configuration, folder, *, odd=(), **own_typ
 @pytest.mark.parametrize(("dtype", "capability"), DTYPES)
 @pytest.mark.parametrize("name", ["sums_fwd_kernel", "untrusted_fwd_kernel", "weights_bwd_kernel"])
 def test_info_nce(name, dtype, capability, tmp_path):
-    kernel = getattr(info_nce_triton, name)
+    kernel = getattr(info_nce_triton, name)  # D is filled up to a multiple of 16
     configuration = info_nce_triton.configuration(kernel, dtype, capability)
     ptx = check(kernel, dtype, capability, configuration, tmp_path)
     assert ("wgmma" in ptx) == (capability == 90 and dtype != torch.float32)
@@ -104,43 +104,36 @@ def test_info_nce(name, dtype, capability, tmp_path):
 )
 def test_attention(name, dtype, capability, tmp_path):
     kernel = getattr(ragged_attention_triton, name)
-    widest = TRITON_WIDEST_HEAD[dtype]
-    widths = [16, 32, 64, 128] if dtype == torch.bfloat16 else [32, widest]
-    for width in widths:
+    # Heads are filled up to a multiple of 16, and a tile to a power of two.
+    widths = [64] if dtype == torch.float16 else [16, 32, 64, 128]
+    for width in [w for w in widths if w <= TRITON_WIDEST_HEAD[dtype]]:
         configuration = ragged_attention_triton.configuration(kernel, dtype, width)
         ptx = check(kernel, dtype, capability, configuration, tmp_path)
         assert ("wgmma" in ptx) == (capability == 90 and dtype != torch.float32)
 
 
+@pytest.mark.parametrize("odd", [(), ("D",)], ids=["divisible", "odd"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_queries_and_losses(capability, tmp_path):
-    for width in (64, TRITON_WIDEST_ROW):
-        configuration = ends.configuration(width)
-        check(ends.queries_fwd_kernel, torch.bfloat16, capability, configuration, tmp_path)
-        for cosine in (False, True):
-            options = configuration | {"COSINE": cosine}
-            check(ends.loss_fwd_kernel, torch.float32, capability, options, tmp_path)
-            check(
-                *(ends.loss_bwd_kernel, torch.float32, capability, options, tmp_path),
-                grad_ptr="*fp32",
-            )
-    check(ends.sum_by_index_kernel, torch.bfloat16, capability, ends.SUM_TILE, tmp_path)
-
-
-def test_attention_over_sizes_that_are_not_multiples_of_sixteen(tmp_path):
-    kernels = [
-        (ragged_attention_triton, "attention_fwd_kernel", 64),
-        (ragged_attention_triton, "query_bwd_kernel", 64),
-        (ragged_attention_triton, "key_value_bwd_kernel", 64),
-    ]
-    for module, name, case in kernels:
-        kernel = getattr(module, name)
-        configuration = module.configuration(kernel, torch.bfloat16, case)
-        check(kernel, torch.bfloat16, 90, configuration, tmp_path, odd=ARGUMENTS)
+def test_queries_and_losses(capability, dtype, odd, tmp_path):
+    where = (dtype, capability)
+    check(ends.queries_fwd_kernel, *where, ends.ROW_TILE, tmp_path, odd=odd)
+    check(ends.sum_by_index_kernel, *where, ends.SUM_TILE, tmp_path, odd=odd)
+    for cosine in (False, True):
+        options = ends.ROW_TILE | {"COSINE": cosine}
+        check(ends.loss_fwd_kernel, *where, options, tmp_path, odd=odd)
+        check(ends.loss_bwd_kernel, *where, options, tmp_path, odd=odd, grad_ptr="*fp32")
 
 
 RANKS = dict.fromkeys(
-    ["positive_ptr", "speech_greater_ptr", "speech_equal_ptr", "image_greater_ptr"], "*i32"
+    [
+        "speech_id_ptr",
+        "image_id_ptr",
+        "speech_greater_ptr",
+        "speech_equal_ptr",
+        "image_greater_ptr",
+    ],
+    "*i32",
 ) | {"image_equal_ptr": "*i32", "found_ptr": "*i32", "doubtful_ptr": "*i64"}
 RANKS |= {"capacity": "i32", "M": "i32"}
 
@@ -166,10 +159,22 @@ def test_retrieval_ranks(dtype, capability, tmp_path):
 def test_retrieval_ranks_recheck(dtype, capability, tmp_path):
     kernel = retrieval_ranks_triton.recheck_fwd_kernel
     thresholds = {"speech_threshold_ptr": "*fp64", "image_threshold_ptr": "*fp64"}
-    configuration = {"BLOCK_P": 64, "num_warps": 2}
     check(
-        *(kernel, dtype, capability, configuration, tmp_path),
+        *(kernel, dtype, capability, retrieval_ranks_triton.PAIRS, tmp_path),
         odd=("M", "D", "capacity"),
         **RANKS,
         **thresholds,
+    )
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_retrieval_pairs(dtype, capability, tmp_path):
+    check(
+        *(retrieval_ranks_triton.pairs_fwd_kernel, dtype, capability),
+        *(retrieval_ranks_triton.PAIRS, tmp_path),
+        odd=("P", "D"),
+        row_ptr="*i64",
+        column_ptr="*i64",
+        score_ptr="*fp64",
     )

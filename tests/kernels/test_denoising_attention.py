@@ -157,17 +157,59 @@ def test_target_takes_no_gradient():
     assert target.grad is None
 
 
-def test_no_corrupted_place_is_a_loss_of_zero():
-    found = loss_and_gradients(task([3, 2], [0, 0]), torch.float64)
-    assert all((x == 0).all() for x in found)
+@pytest.mark.parametrize("impl", ["reference", "padded"])
+def test_no_corrupted_place_is_a_loss_of_zero(impl):
+    check_zero(task([3, 2], [0, 0]), impl)
+    check_zero(task([0, 0], [0, 0]) | {"tokens": torch.zeros(2, 0, 6)}, impl)
+    check_zero(empty_batch(), impl)
 
 
-def test_compiles():
+def test_triton_of_no_corrupted_place(triton_device):
+    check_zero(task([3, 2], [0, 0], device=triton_device), "triton", torch.float32)
+    check_zero(empty_batch(triton_device), "triton", torch.float32)
+
+
+def check_zero(inputs, impl, dtype=torch.float64):
+    assert all((x == 0).all() for x in loss_and_gradients(inputs, dtype, impl=impl))
+
+
+def empty_batch(device="cpu"):
+    inputs = task([3], [0], device=device)
+    return inputs | {name: inputs[name][:0] for name in ("tokens", "lengths")}
+
+
+@pytest.mark.parametrize("impl", ["reference", "padded", "auto"])
+def test_compiles_whole(impl):
     inputs = task([3, 0, 2], [2, 1, 4])
-    expected = denoising_attention(**inputs)
-    for impl, whole in (("reference", True), ("auto", False)):
-        run = torch.compile(denoising_attention, backend="aot_eager", fullgraph=whole)
-        torch.testing.assert_close(run(**inputs, impl=impl), expected)
+    expected = loss_and_gradients(inputs, torch.float64, impl=impl)
+    inputs, leaves = leaves_of(inputs, torch.float64)
+    loss = torch.compile(denoising_attention, backend="aot_eager", fullgraph=True)
+    loss = loss(**inputs, impl=impl)
+    found = [loss.detach(), *torch.autograd.grad(loss, leaves)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", ["reference", "padded"])
+def test_compiled_it_takes_items_in_any_order(impl):
+    inputs = task([3, 1, 2], [2, 1, 2])
+    expected = denoising_attention(**inputs, impl="reference")
+    order = torch.tensor([0, 1, 3, 2, 4])  # items 0, 0, 2, 1, 2
+    indices = ("source_index", "place", "item", "target_index")
+    inputs |= {name: inputs[name][order] for name in indices}
+    run = torch.compile(denoising_attention, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(**inputs, impl=impl), expected)
+
+
+def test_padded_operator_registration():
+    inputs, leaves = leaves_of(task([3, 0, 5], [2, 1, 3]), torch.float64)
+    query = F.linear(inputs["source"][inputs["source_index"]], leaves[3]).detach().requires_grad_()
+    key_value = F.linear(inputs["tokens"], leaves[4]).detach().requires_grad_()
+    arguments = (query, inputs["item"], key_value, inputs["lengths"], 2)
+    torch.library.opcheck(torch.ops.cmdlab_kernels.padded_attention_fwd, arguments)
+    with torch.no_grad():
+        backward = torch.ops.cmdlab_kernels.padded_attention_bwd
+        torch.library.opcheck(backward, (query.detach().clone(), *arguments))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +228,7 @@ def test_compiles():
         ({"position": torch.zeros(9, 7)}, "position"),
         ({"tokens": torch.zeros(2, 4)}, "tokens"),
         ({"target": torch.zeros(2, 7)}, "target"),
-        ({"projections": Projections(*torch.zeros(3, 8, 8))}, "projections must be"),
+        ({"projections": Projections(*torch.zeros(3, 8, 8).double())}, "projections must be"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, says):
@@ -195,12 +237,21 @@ def test_what_does_not_fit_is_refused(change, says):
 
 
 def test_mixed_dtypes_are_refused():
-    inputs = task([4, 2], [1, 2])
-    inputs["tokens"] = inputs["tokens"].float()
+    check_mixed_dtypes_refused("auto", torch.device("cpu"))
+
+
+def test_triton_refuses_mixed_dtypes(triton_device):
+    check_mixed_dtypes_refused("triton", triton_device)
+
+
+def check_mixed_dtypes_refused(impl, device):
+    inputs = task([4, 2], [1, 2], dtype=torch.float32, device=device)
     query, key_value, output = inputs["projections"]
-    inputs["projections"] = Projections(query, key_value.float(), output)
-    with pytest.raises(ValueError, match="share a dtype"):
-        denoising_attention(**inputs)
+    half = Projections(query, key_value.bfloat16(), output)
+    changes = [{name: inputs[name].bfloat16()} for name in ("source", "position", "target")]
+    for change in (*changes, {"projections": half, "tokens": inputs["tokens"].bfloat16()}):
+        with pytest.raises(ValueError, match="must share a float dtype"):
+            denoising_attention(**(inputs | change), impl=impl)
 
 
 def test_kernels_need_cuda(monkeypatch):
@@ -217,6 +268,7 @@ SHAPES = {
     "one": {"lengths": [1], "places": [1], "heads": 1, "head_width": 5, "d": 3, "e": 5},
     "ragged": {"lengths": [0, 1, 65, 33], "places": [3, 9, 0, 7], "head_width": 7},
     "tile edges": {"lengths": [64, 63], "places": [64, 1], "head_width": 16, "steps": 65},
+    "wide rows": {"lengths": [2, 3], "places": [5, 4], "d": 300},
     "257 keys": {"lengths": [31, 257], "places": [2, 5], "d": 33, "head_width": 11},
     "257 queries": {"lengths": [3, 7], "places": [257, 1], "heads": 1, "steps": 257},
 }

@@ -143,6 +143,17 @@ def test_triton_with_every_score_far_below_the_scale(triton_device):
     assert max(errors(run(torch.float32, "triton"), truth)) < 1e-4
 
 
+def test_triton_with_rows_longer_than_one(triton_device):
+    """Logits far above the scale: exp(score − scale) is infinite in float32."""
+    generator = torch.Generator().manual_seed(0)
+    speech, image = 2 * torch.randn(2, 60, 4, generator=generator).to(triton_device)
+    image_id = torch.arange(60, device=triton_device)
+    for scale in (1.0, 30.0):
+        run = partial(loss_and_gradients, speech, image, image_id, scale)
+        truth = run(torch.float64, "reference")
+        assert max(errors(run(torch.float32, "triton"), truth)) < 1e-4
+
+
 def test_triton_backward_in_chunks(triton_device, monkeypatch):
     from cmdlab_kernels import info_nce_triton
 
