@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from cmdlab.corpora.audio import MAX_SECONDS
 from cmdlab.corpora.ceiling import ceiling
 from cmdlab.corpora.corpus import Caption, Corpus
-from cmdlab.corpora.scenes import ATTRIBUTES, VALUES, Scene, SceneObject
-from cmdlab.corpora.untrusted import BadPath, UntrustedFolder
-from cmdlab.errors import InputError
+from cmdlab.corpora.scenes import ATTRIBUTES, VALUES, Scene, SceneObject, caption_is_true
+from cmdlab.corpora.untrusted import BadPath, UntrustedFolder, is_text, shown
 
 
 @dataclass(frozen=True)
@@ -40,50 +40,69 @@ class GroundTruth:
 def read_ground_truth(corpus: Corpus) -> GroundTruth | None:
     """The ground truth in the order of `corpus`, or None for a corpus that has none.
 
-    Raises InputError for a file that does not fit the corpus.
+    Raises InputError for a file that does not fit the corpus, and for a caption's facts that are
+    not true of its image.
     """
-    path = corpus.root / "ground_truth" / f"{corpus.split}.jsonl"
-    if not path.exists():
+    file = f"ground_truth/{corpus.split}.jsonl"
+    folder = UntrustedFolder(corpus.root, skip_bad=False)
+    if not folder.has(file):
         return None
+    image_of = {caption.id: caption.image_id for caption in corpus.captions}
     of_image: dict[str, tuple[Scene, np.ndarray]] = {}
     of_caption: dict[str, tuple[dict[str, Any], list[TimedWord]]] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for place, line in folder.read_lines(file):
         try:
             entry = json.loads(line)
-            objects = tuple(
-                SceneObject(**{name: item[name] for name in ATTRIBUTES})
-                for item in entry["objects"]
-            )
-            strange = [
-                value
-                for item in objects
-                for name, value in vars(item).items()
-                if value not in VALUES[name]
-            ]
-            if strange:
-                raise ValueError(f"{strange[0]!r} is said of no object")
-            boxes = np.array([item["box"] for item in entry["objects"]], np.float32).reshape(-1, 4)
-            of_image[entry["image"]] = Scene(objects), boxes
+            image, (scene, boxes) = entry["image"], _scene(entry["objects"])
+            if image in of_image:
+                raise ValueError(f"{shown(image)} is repeated")
+            of_image[image] = scene, boxes
             for caption in entry["captions"]:
-                words = [TimedWord(**word) for word in caption["words"]]
-                if not {word.object for word in words} <= {None, *range(len(objects))}:
-                    raise ValueError(f"{caption['uttid']} speaks of an object that is not there")
-                of_caption[caption["uttid"]] = caption["facts"], words
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path}: line {number} is damaged ({error}); make the corpus again"
-            ) from error
+                uttid, facts = caption["uttid"], caption["facts"]
+                if uttid in of_caption:
+                    raise ValueError(f"{shown(uttid)} is repeated")
+                if image_of.get(uttid, image) != image:
+                    raise ValueError(f"{shown(uttid)} is a caption of another image")
+                if not caption_is_true(facts, scene):  # the ceiling relies on it
+                    raise ValueError(f"the facts of {shown(uttid)} are not true of its objects")
+                of_caption[uttid] = facts, [_word(word, len(boxes)) for word in caption["words"]]
+        except _DAMAGE as error:
+            folder.fail(file, f"{place} is damaged ({error}); make the corpus again")
     try:
         images = [of_image[image.id] for image in corpus.images]
         captions = [of_caption[caption.id] for caption in corpus.captions]
     except KeyError as error:
-        raise InputError(f"{path}: lacks {error}; make the corpus again") from error
+        folder.fail(file, f"lacks {error}; make the corpus again")
     return GroundTruth(
         [scene for scene, _ in images],
         [boxes for _, boxes in images],
         [facts for facts, _ in captions],
         [words for _, words in captions],
     )
+
+
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+def _scene(entries: list[dict[str, Any]]) -> tuple[Scene, np.ndarray]:
+    objects = tuple(SceneObject(**{name: item[name] for name in ATTRIBUTES}) for item in entries)
+    for item in objects:
+        for name, value in vars(item).items():
+            if value not in VALUES[name]:
+                raise ValueError(f"{shown(value)} is said of no object")
+    boxes = np.array([item["box"] for item in entries], np.float32).reshape(len(objects), 4)
+    if not np.isfinite(boxes).all():
+        raise ValueError("a box is not finite")
+    return Scene(objects), boxes
+
+
+def _word(entry: dict[str, Any], objects: int) -> TimedWord:
+    word = TimedWord(**entry)
+    if not isinstance(word.word, str) or not 0 <= word.start <= word.end <= MAX_SECONDS:
+        raise ValueError(f"the word {shown(word.word)} has no span of time")
+    if word.object is not None and (type(word.object) is not int or not 0 <= word.object < objects):
+        raise ValueError(f"the word {shown(word.word)} is of an object that is not there")
+    return word
 
 
 def corpus_ceiling(truth: GroundTruth, caption_image: Sequence[int]) -> dict[str, dict[str, float]]:
@@ -104,29 +123,29 @@ def read_foils(corpus: Corpus) -> Foils | None:
 
     Raises InputError for a file that does not fit the corpus.
     """
-    path = corpus.root / "ground_truth" / f"{corpus.split}_foils.jsonl"
-    if not path.exists():
+    file = f"ground_truth/{corpus.split}_foils.jsonl"
+    folder = UntrustedFolder(corpus.root, skip_bad=False)
+    if not folder.has(file):
         return None
     image_of = {caption.id: caption.image_id for caption in corpus.captions}
-    folder = UntrustedFolder(corpus.root, skip_bad=False)
     captions, of = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for place, line in folder.read_lines(file):
         try:
             entry = json.loads(line)
+            uttid, foil_of = entry["uttid"], entry["foil_of"]
+            if corpus.left_out and foil_of not in image_of:
+                continue  # it went with its caption
+            if not all(map(is_text, (uttid, entry["text"], entry["speaker"]))):
+                raise ValueError(f"{shown(uttid)} has no uttid, text or speaker")
+            audio = folder.locate(entry["wav"])
             captions.append(
-                Caption(
-                    entry["uttid"],
-                    image_of[entry["foil_of"]],
-                    folder.locate(entry["wav"]),
-                    entry["text"],
-                    entry["speaker"],
-                )
+                Caption(uttid, image_of[foil_of], audio, entry["text"], entry["speaker"])
             )
-            of.append(entry["foil_of"])
-        except (ValueError, KeyError, TypeError, AttributeError, BadPath) as error:
-            raise InputError(
-                f"{path}: line {number} is damaged ({error}); make the corpus again"
-            ) from error
+            of.append(foil_of)
+        except (*_DAMAGE, BadPath) as error:
+            folder.fail(file, f"{place} is damaged ({error}); make the corpus again")
+    if not captions:
+        return None
     return Foils(
         replace(corpus, content_hash=f"{corpus.content_hash} foils", captions=tuple(captions)), of
     )

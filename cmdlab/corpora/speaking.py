@@ -15,6 +15,7 @@ import tempfile
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -96,8 +97,10 @@ def speak(utterances: Sequence[Utterance]) -> list[Speech]:
     Raises ValueError for a voice that espeak-ng does not have, a rate outside 80 to 450, a pitch
     outside 0 to 99 or a text without words; RuntimeError where espeak-ng fails.
     """
-    with _voice_data() as data:
-        return [_speak(utterance, data) for utterance in utterances]
+    # Ctrl-C raises in the main thread, wherever that is, and ctypes drops what a callback raises:
+    # a piece of sound would be missing in silence. So espeak-ng calls back into a thread apart.
+    with _voice_data() as data, ThreadPoolExecutor(1) as apart:
+        return list(apart.map(lambda utterance: _speak(utterance, data), utterances))
 
 
 def espeak_version() -> str:
@@ -206,18 +209,22 @@ def _speak(utterance: Utterance, data: Path) -> Speech:
         raise ValueError(f"there is nothing to speak in {utterance}")
     chunks: list[bytes] = []
     events: list[tuple[int, int, int, bytes]] = []  # type, character, sample, phoneme
+    raised: list[BaseException] = []
 
     def listen(samples: int | None, count: int, event: Any) -> int:
-        if samples:
-            chunks.append(ctypes.string_at(samples, 2 * count))
-        i = 0
-        while event[i].type != _LIST_TERMINATED:
-            one = event[i]
-            if one.type in (_WORD, _PHONEME):
-                phoneme = one.id.string if one.type == _PHONEME else b""
-                events.append((one.type, one.text_position - 1, one.sample, phoneme))
-            i += 1
-        return 0
+        try:
+            if samples:
+                chunks.append(ctypes.string_at(samples, 2 * count))
+            i = 0
+            while event[i].type != _LIST_TERMINATED:
+                one = event[i]
+                if one.type in (_WORD, _PHONEME):
+                    phoneme = one.id.string if one.type == _PHONEME else b""
+                    events.append((one.type, one.text_position - 1, one.sample, phoneme))
+                i += 1
+        except BaseException as error:  # ctypes would drop it
+            raised.append(error)
+        return len(raised)  # 1 stops espeak-ng
 
     callback = _Callback(listen)
     coded = text.encode() + b"\0"
@@ -230,6 +237,8 @@ def _speak(utterance: Utterance, data: Path) -> Speech:
             or espeak.espeak_SetParameter(_PITCH, utterance.pitch, 0)
             or espeak.espeak_Synth(coded, len(coded), 0, 1, 0, _UTF8, None, None)
         )
+    if raised:
+        raise raised[0]
     if failed:
         raise RuntimeError(f"espeak-ng failed with status {failed} on {utterance}")
     if not any(kind == _PHONEME and not phoneme.startswith(b"_") for kind, *_, phoneme in events):

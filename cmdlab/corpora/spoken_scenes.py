@@ -10,13 +10,11 @@ import hashlib
 import heapq
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +28,7 @@ from tqdm import tqdm
 from cmdlab.corpora import rendering, scenes, speaking
 from cmdlab.corpora.audio import SAMPLE_RATE
 from cmdlab.corpora.speaking import STUDY_VOICES, TEST_ONLY_VOICES, Utterance
+from cmdlab.corpora.workers import worker_pool
 from cmdlab.errors import InputError
 
 CAPTIONS_PER_IMAGE = 5
@@ -177,11 +176,7 @@ def _make_shards(making: Path, preset: Preset, seed: int, workers: int) -> None:
         desc="SpokenScenes",
         unit=" images",
     )
-    pool = ProcessPoolExecutor(
-        max(1, min(workers, len(missing))),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_end_with_parent,
-    )
+    pool = worker_pool(max(1, min(workers, len(missing))))
     with bar:
         try:
             made = {pool.submit(_make_shard, making, shard, seed): shard for shard in missing}
@@ -190,18 +185,6 @@ def _make_shards(making: Path, preset: Preset, seed: int, workers: int) -> None:
                 bar.update(len(made[future].images))
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would otherwise wait for its next shard for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 # The files of a made shard: a line of JSON an image in the first three, a line a file in the

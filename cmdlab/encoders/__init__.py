@@ -1,6 +1,7 @@
 """Frozen encoders by name. Each turns captions or images into features, once; see `store.py`."""
 
 import hashlib
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -19,6 +20,7 @@ from cmdlab.errors import InputError
 
 WEIGHTS = Path(__file__).parent / "weights"
 IMAGE, SPEECH, TEXT = "tiny-image", "tiny-speech", "tiny-text"
+LIBRARIES = ("torch", "torchaudio", "numpy", "scipy", "pillow", "soundfile")  # decode and compute
 BATCH = 16  # what stays in a core's cache
 
 
@@ -58,15 +60,16 @@ def encode(
 
 
 def fingerprint(name: str, hearing: Hearing) -> dict[str, Any]:
-    """All that an encoder's output depends on besides the corpus."""
+    """All that an encoder's output depends on besides the corpus and the processor."""
     weights = (WEIGHTS / f"{name}.safetensors").read_bytes()
-    here = Path(__file__)
-    modules = [here, here.with_name("tiny.py"), here.parents[1] / "corpora" / "audio.py"]
+    here, corpora = Path(__file__), Path(__file__).parents[1] / "corpora"
+    modules = [here, here.with_name("tiny.py"), corpora / "audio.py", corpora / "images.py"]
     source = b"".join(module.read_bytes() for module in modules)
     return {
         "encoder": name,
         "weights": hashlib.sha256(weights).hexdigest(),
         "source": hashlib.sha256(source).hexdigest(),
+        "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
         "hearing": asdict(hearing) if name == SPEECH else None,
     }
 

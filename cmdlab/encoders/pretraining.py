@@ -7,9 +7,7 @@ are none of the study's, and speech and images never meet.
 import math
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from cmdlab.corpora.audio import degrade
 from cmdlab.corpora.rendering import render
 from cmdlab.corpora.scenes import sample_captions, sample_scene, vocabulary
 from cmdlab.corpora.speaking import PRETRAINING_VOICES, Utterance, speak
+from cmdlab.corpora.workers import worker_pool
 from cmdlab.encoders.tiny import (
     IMAGE_GRID,
     LETTERS,
@@ -61,7 +60,7 @@ class Pictures:
 
 def make_pictures(shards: range, *, objects: int | None = None, workers: int) -> Pictures:
     """Scenes of `objects` objects (as the study's where None), 500 a shard."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with worker_pool(workers) as pool:
         parts = list(pool.map(_picture_shard, shards, [objects] * len(shards)))
     return Pictures(
         torch.from_numpy(np.concatenate([pixels for pixels, _ in parts])),
@@ -195,7 +194,7 @@ class Utterances:
 
 def make_utterances(shards: range, *, workers: int) -> Utterances:
     """Captions of pre-training scenes in the pre-training voices, 500 a shard."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with worker_pool(workers) as pool:
         parts = list(pool.map(_utterance_shard, shards))
     return Utterances(
         [sound for part in parts for sound in part.sounds],

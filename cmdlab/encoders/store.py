@@ -10,9 +10,8 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cmdlab.corpora.corpus import Caption, Corpus, Image
+from cmdlab.corpora.workers import worker_pool
 from cmdlab.encoders import IMAGE, Hearing, encode, fingerprint
 from cmdlab.errors import InputError
 
@@ -31,6 +31,7 @@ class FeatureStore:
     """The features of a corpus' captions or images, in the order of the corpus."""
 
     def __init__(self, folder: Path, chunks: int) -> None:
+        self.name = folder.name  # a digest of all that the features depend on is part of it
         loaded = [_load(folder / f"{i:05d}") for i in range(chunks)]
         self._tokens = [tokens for tokens, _, _ in loaded]
         self._starts = [np.concatenate(([0], np.cumsum(lengths))) for _, lengths, _ in loaded]
@@ -100,6 +101,8 @@ def open_stores(
         parts += own
     if parts:
         _build(parts, done, hearing, workers or os.cpu_count() or 1)
+        for leftover in (part for path in paths for part in path.glob("*.part")):
+            shutil.rmtree(leftover, ignore_errors=True)  # of processes that were killed
     stores = []
     for path, (corpus, encoder) in zip(paths, wanted, strict=True):
         items = _items(corpus, encoder)
@@ -136,9 +139,7 @@ def _build(parts: list[Part], done: int, hearing: Hearing, workers: int) -> None
         finally:
             torch.set_num_threads(threads)
         return
-    pool = ProcessPoolExecutor(
-        min(workers, len(parts)), mp_context=get_context("spawn"), initializer=_one_thread
-    )
+    pool = worker_pool(min(workers, len(parts)), _one_thread)
     with bar:
         try:
             futures = [pool.submit(_write_chunk, *part, hearing) for part in parts]
@@ -161,16 +162,16 @@ def _write_chunk(
 ) -> int:
     encoded = encode(encoder, items, hearing)
     aside = path / f"{chunk:05d}.{os.getpid()}.part"
-    aside.mkdir(exist_ok=True)
-    np.save(aside / "tokens.npy", np.concatenate([item.tokens for item in encoded]))
-    np.save(aside / "lengths.npy", np.array([len(item.tokens) for item in encoded], np.int64))
-    np.save(aside / "embeddings.npy", np.stack([item.embedding for item in encoded]))
     try:
+        aside.mkdir(exist_ok=True)
+        np.save(aside / "tokens.npy", np.concatenate([item.tokens for item in encoded]))
+        np.save(aside / "lengths.npy", np.array([len(item.tokens) for item in encoded], np.int64))
+        np.save(aside / "embeddings.npy", np.stack([item.embedding for item in encoded]))
         os.replace(aside, path / f"{chunk:05d}")
-    except OSError:  # another process wrote the same chunk meanwhile
+    except OSError:  # another process wrote the same chunk meanwhile, or completed the store
         if not (path / f"{chunk:05d}").is_dir():
             raise
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
     return len(items)
 
 

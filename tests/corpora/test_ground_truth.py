@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from cmdlab.corpora.ceiling import ceiling
-from cmdlab.corpora.corpus import Corpus, load_corpus
+from cmdlab.corpora.corpus import Corpus, leave_out, load_corpus
 from cmdlab.corpora.ground_truth import (
     corpus_ceiling,
     read_foils,
     read_ground_truth,
 )
 from cmdlab.corpora.scenes import COLOURS, caption_is_true
+from cmdlab.corpora.untrusted import Problem
 from cmdlab.errors import InputError
 
 
@@ -31,7 +32,7 @@ def edited(corpus: Corpus, tmp_path: Path) -> Callable[..., Corpus]:
 
     def make(file: str, edit: Callable[[dict], object]) -> Corpus:
         shutil.copytree(corpus.root / "ground_truth", tmp_path / "ground_truth")
-        (tmp_path / "wavs").symlink_to(corpus.root / "wavs")
+        shutil.copytree(corpus.root / "wavs" / "test", tmp_path / "wavs" / "test")
         path = tmp_path / "ground_truth" / file
         first, *others = path.read_text().splitlines()
         entry = json.loads(first)
@@ -90,6 +91,23 @@ def test_a_corpus_without_it_has_none(corpus, tmp_path):
         lambda entry: entry["captions"][0]["words"][0].update(object=9),
         lambda entry: entry["captions"][0]["words"][0].update(loud=True),
         lambda entry: entry.update(captions=7),
+        lambda entry: entry["objects"][0].update(box=[1, 2, 3, float("nan")]),
+        lambda entry: entry["captions"][0]["facts"].pop("mentions"),
+        lambda entry: entry["captions"][0]["facts"].pop("relations"),
+        lambda entry: entry["captions"][0]["facts"]["mentions"][0].update(colour="loud"),
+        lambda entry: entry["captions"][0]["facts"]["mentions"][0].update(weight="heavy"),
+        lambda entry: entry["captions"][0]["facts"].update(relations=[[0, "inside", 1]]),
+        lambda entry: entry["captions"][0]["facts"].update(relations=[[0, "above", 9]]),
+        lambda entry: entry["captions"][0]["facts"].update(mentions=[{"size": "small"}] * 9),
+        lambda entry: entry["captions"][0]["words"][0].update(start="soon"),
+        lambda entry: entry["captions"][0]["words"][0].update(start=None),
+        lambda entry: entry["captions"][0]["words"][0].update(end=float("nan")),
+        lambda entry: entry["captions"][0]["words"][0].update(end=float("inf")),
+        lambda entry: entry["captions"][0]["words"][0].update(start=-1),
+        lambda entry: entry["captions"][0]["words"][0].update(object=True),
+        lambda entry: entry["captions"].append(entry["captions"][0]),
+        lambda entry: entry["captions"][0].update(uttid="test-000001-0"),
+        lambda entry: "[" * 100_000,
     ],
 )
 def test_a_damaged_line_is_refused_by_file_and_number(edited, edit):
@@ -98,10 +116,28 @@ def test_a_damaged_line_is_refused_by_file_and_number(edited, edit):
         read_ground_truth(damaged)
 
 
+def test_an_image_told_of_twice_is_refused(edited, corpus):
+    def twice(entry: dict) -> str:
+        return "\n".join([json.dumps(entry | {"captions": []}), json.dumps(entry)])
+
+    with pytest.raises(InputError, match=r"line 2 is damaged .*test-000000\.png' is repeated"):
+        read_ground_truth(edited("test.jsonl", twice))
+
+
+@pytest.mark.parametrize("file", ["test.jsonl", "test_foils.jsonl"])
+def test_a_link_out_of_the_corpus_is_not_followed(edited, corpus, tmp_path, file):
+    linked = edited(file, lambda entry: None)
+    path = tmp_path / "ground_truth" / file
+    path.unlink()
+    path.symlink_to(corpus.root / "ground_truth" / file)
+    with pytest.raises(InputError, match=rf"{file}: .*leaves the corpus folder"):
+        (read_foils if "foils" in file else read_ground_truth)(linked)
+
+
 @pytest.mark.parametrize(
     "edit",
     [
-        lambda entry: entry.update(image="another"),
+        lambda entry: entry.update(image="another", captions=[]),
         lambda entry: entry["captions"].pop(),
     ],
 )
@@ -136,8 +172,24 @@ def test_foils_are_captions_with_two_colours_exchanged(corpus):
         lambda entry: entry.update(wav="../outside.flac"),
         lambda entry: entry.update(wav="wavs/none.flac"),
         lambda entry: entry.update(wav=5),
+        lambda entry: entry.update(uttid=5),
+        lambda entry: "[" * 100_000,
     ],
 )
 def test_a_damaged_foil_is_refused(edited, edit):
     with pytest.raises(InputError, match=r"test_foils\.jsonl: line 1 is damaged"):
         read_foils(edited("test_foils.jsonl", edit))
+
+
+def test_a_foil_goes_with_its_caption(edited, corpus):
+    foils = read_foils(edited("test_foils.jsonl", lambda entry: None))
+    problem = Problem("SpokenCOCO_val.json", foils.of[0], "is bad")
+    rest = leave_out(corpus, [problem], caption_ids={foils.of[0]})
+    assert read_foils(rest).of == foils.of[1:]
+    assert len(read_ground_truth(rest).facts) == len(corpus.captions) - 1
+
+
+def test_a_split_without_a_foil_has_none(edited, tmp_path):
+    empty = edited("test_foils.jsonl", lambda entry: None)
+    (tmp_path / "ground_truth" / "test_foils.jsonl").write_text("")
+    assert read_foils(empty) is None

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,32 @@ def test_a_fresh_process_says_the_same_and_leaves_nothing_behind(tmp_path):
     )
     assert said.stdout.strip() == digest(speak([breathy])[0])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_speech_is_whole_or_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # clearing it up is interrupted as well
+    said = Utterance(" and ".join(caption(seed) for seed in range(4)), "en+f5")
+    whole = digest(*speak([said]))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGVTALRM, interrupt)
+    stopped = 0
+    try:
+        for i in range(200):
+            try:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0.0005 * (i % 50 + 1))
+                spoken = speak([said])
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            except (KeyboardInterrupt, OSError):  # the last from rmtree, where it is interrupted
+                stopped += 1
+            else:
+                assert digest(*spoken) == whole
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+    assert stopped > 5
 
 
 def test_words_are_timed_where_they_sound():

@@ -164,6 +164,28 @@ def test_killed_work_goes_on_from_the_last_whole_shard(tmp_path, tiny, monkeypat
     assert files_below(folder) == files_below(tmp_path / "at_once")
 
 
+def test_ctrl_c_spoils_no_sound(tmp_path, tiny, monkeypatch):
+    sizes = {"train": 60, "val": 1, "test": 1}
+    monkeypatch.setitem(PRESETS, tiny, Preset(sizes, shard=1))
+    folder, making = tmp_path / "corpus", tmp_path / "corpus.making"
+    program = (
+        "from cmdlab.corpora.spoken_scenes import PRESETS, Preset, make_corpus\n"
+        f"PRESETS['tiny'] = Preset({sizes}, shard=1)\n"
+        f"make_corpus({str(folder)!r}, preset='tiny', workers=2)\n"
+    )
+    for _ in range(3):
+        before = len(list(making.glob("shards/*-????")))
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], start_new_session=True, stderr=subprocess.DEVNULL
+        )
+        wait_for(lambda n=before: len(list(making.glob("shards/*-????"))) >= n + 4)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+        assert process.wait() != 0
+    make_corpus(folder, preset=tiny, workers=2)
+    make_corpus(tmp_path / "undisturbed", preset=tiny, workers=2)
+    assert identity(folder)["content_hash"] == identity(tmp_path / "undisturbed")["content_hash"]
+
+
 def test_shards_of_another_recipe_are_not_taken(tmp_path, tiny):
     make_corpus(tmp_path / "two", preset=tiny, seed=2, workers=1)
     making = tmp_path / "corpus.making"

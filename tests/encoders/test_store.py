@@ -1,7 +1,10 @@
 """Frozen features: the encoders that are shipped, and the store that keeps what they give."""
 
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,8 +112,34 @@ def test_a_half_built_store_is_completed(copied, corpus):
     kept = chunk(copied, 0) / "tokens.npy"
     written = kept.stat().st_mtime_ns
     open_store(corpus, IMAGE, copied, hearing=HEARING, workers=2)
-    assert {name: data for name, data in content(copied).items() if ".part" not in name} == whole
+    assert content(copied) == whole
+    assert not leftover.exists()
     assert kept.stat().st_mtime_ns == written
+
+
+def test_workers_end_with_a_killed_parent(smoke_corpus, tmp_path):
+    program = (
+        "from pathlib import Path\n"
+        "from cmdlab.corpora.corpus import load_corpus\n"
+        "from cmdlab.encoders import SPEECH, Hearing, store\n"
+        "store.CHUNK = 2\n"
+        f"wanted = [(load_corpus({str(smoke_corpus)!r}, 'train'), SPEECH)]\n"
+        f"store.open_stores(wanted, Path({str(tmp_path)!r}), hearing=Hearing(), workers=2)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list(tmp_path.glob("*/?????"))) >= 2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    assert len(children) >= 2
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
 
 
 def truncate(path: Path) -> None:
@@ -179,6 +208,12 @@ def test_the_identity_changes_with_weights_and_hearing(tmp_path, monkeypatch):
     weights = (encoders.WEIGHTS / f"{IMAGE}.safetensors").read_bytes()
     (tmp_path / f"{IMAGE}.safetensors").write_bytes(weights[:-1] + b"!")
     monkeypatch.setattr(encoders, "WEIGHTS", tmp_path)
+    assert fingerprint(IMAGE, HEARING) != before
+
+
+def test_the_identity_changes_with_the_libraries(monkeypatch):
+    before = fingerprint(IMAGE, HEARING)
+    monkeypatch.setattr("importlib.metadata.version", lambda library: "0")
     assert fingerprint(IMAGE, HEARING) != before
 
 
