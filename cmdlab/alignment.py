@@ -47,11 +47,11 @@ def word_maps(
 
 def pointing_game(
     model: RetrievalModel, features: Features, truth: GroundTruth, captions: range
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Of the words that name a shape or a colour, how many have their best patch on their object.
 
     A hit: the centre of the best patch lies in the object's box (Zhang et al. 2016). `chance` is
-    the mean fraction of patches that would be one.
+    the mean fraction of patches that would be one. Returns None where no word names any.
     """
     centre = (np.arange(IMAGE_GRID) + 0.5) * PATCH
     hits, chance = [], []
@@ -67,6 +67,8 @@ def pointing_game(
             inside = ((y0 <= centre) & (centre < y1))[:, None] & ((x0 <= centre) & (centre < x1))
             hits.append(bool(inside.flat[patch]))
             chance.append(float(inside.mean()))
+    if not hits:
+        return None
     return {"hits": sum(hits), "words": len(hits), "chance": float(np.mean(chance))}
 
 

@@ -1,6 +1,7 @@
 """The command line: it reads arguments, calls the library, and turns refusals into one line."""
 
 import argparse
+import inspect
 import json
 import os
 import shlex
@@ -54,14 +55,24 @@ def _corpus_check(chosen: Namespace) -> None:
 
 
 def _train(chosen: Namespace) -> None:
+    from cmdlab.experiment import run_experiment
+
     parameters: dict[str, Any] = {}
     for name, value in chosen.parameters:
         if name in parameters:
             raise InputError(f"-p {name} is given twice; give it once")
+        if name in inspect.signature(run_experiment).parameters:
+            raise InputError(
+                f"-p {name} is no parameter of the training; `cmdlab train --help` has the options"
+            )
         parameters[name] = value
-    from cmdlab.experiment import run_experiment
-
-    result = run_experiment(chosen.corpus, chosen.output, device=chosen.device, **parameters)
+    result = run_experiment(
+        chosen.corpus,
+        chosen.output,
+        device=chosen.device,
+        skip_bad=chosen.skip_bad,
+        **parameters,
+    )
     print(json.dumps(result["metrics"], indent=2))
 
 
@@ -206,6 +217,11 @@ def _parser() -> ArgumentParser:
     train.add_argument("--corpus", type=Path, required=True, metavar="DIR")
     train.add_argument("--output", type=Path, required=True, metavar="DIR")
     train.add_argument("--device", default="auto", help="default: a GPU where there is one")
+    train.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="list what cannot be read and train without it; every file is read first",
+    )
     train.add_argument(
         "-p",
         dest="parameters",

@@ -8,8 +8,6 @@ tie for it (rank 1 + greater).
 """
 
 import os
-import zipfile
-import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -56,13 +54,15 @@ class RankTable:
                 )
             if array.min() < 0:
                 raise InputError(f"{field.name} holds {array.min()}; make the ranks again")
-        captions_of = np.bincount(self.speech_image, minlength=images)  # [M]
+        places = self.speech_image.clip(max=images)  # a place far outside would take much memory
+        captions_of = np.bincount(places, minlength=images)  # [M], longer if any is outside
         if len(captions_of) != images or not captions_of.all():
             raise InputError(
                 f"speech_image does not cover the {images} images; make the ranks again"
             )
-        if (self.speech_greater + self.speech_equal >= images).any() or (
-            self.image_greater + self.image_equal > captions - captions_of
+        # Subtracted, since a sum of two could overflow.
+        if (self.speech_greater >= images - self.speech_equal).any() or (
+            self.image_greater > captions - captions_of - self.image_equal
         ).any():
             raise InputError("a count exceeds the size of its gallery; make the ranks again")
 
@@ -255,29 +255,37 @@ def _gallery_places(speech_image_id: np.ndarray, image_id: np.ndarray) -> np.nda
 def _read_npz(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
     """The named arrays of an npz file that nobody vouches for; nothing is unpickled."""
     try:
-        if not zipfile.is_zipfile(path):
-            raise InputError(f"{path}: not an npz file; write it with numpy.savez")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {}
-            for key in keys:
-                if key not in file:
-                    raise InputError(f"{path}: {key} is missing; it needs {', '.join(keys)}")
-                arrays[key] = _read_entry(path, file, key)
+        with path.open("rb") as raw:
+            if raw.read(4) not in (b"PK\3\4", b"PK\5\6"):
+                raise InputError(f"{path}: not an npz file; write it with numpy.savez")
+            raw.seek(0)
+            with np.load(raw, allow_pickle=False) as file:
+                arrays = {}
+                for key in keys:
+                    if key not in file:
+                        raise InputError(f"{path}: {key} is missing; it needs {', '.join(keys)}")
+                    arrays[key] = _read_entry(path, file, key)
+    except InputError:
+        raise
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: cannot be read ({error}); write it again") from error
+        raise InputError(f"{path}: no such file; mend the path") from error
+    except Exception as error:  # damaged archives make zipfile raise nearly anything
+        raise InputError(f"{path}: cannot be read ({_reason(error)}); write it again") from error
     return arrays
 
 
 def _read_entry(path: Path, file: Any, key: str) -> np.ndarray:
     try:
         array = file[key]
-    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # damaged, encrypted, pickled, or larger than memory
         raise InputError(
-            f"{path}: {key} cannot be read ({reason}); save it as a plain array, without pickle"
+            f"{path}: {key} cannot be read ({_reason(error)}); save it as a plain array with "
+            "numpy.savez, without pickle"
         ) from error
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path}: {key} is not an array; write it with numpy.savez")
     return array
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -4,6 +4,7 @@ The random ones are chosen by a fixed seed, the same for every arm; the failures
 """
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def write_examples(data: Data, model: RetrievalModel, run_folder: Path) -> None:
         len(ranks), min(RANDOM, len(ranks)), replace=False
     )
     worst = [i for i in np.argsort(-ranks, kind="stable") if i not in chosen][:FAILURES]
-    (run_folder / "examples").mkdir(exist_ok=True)
+    shutil.rmtree(run_folder / "examples", ignore_errors=True)  # they may be of another corpus
+    (run_folder / "examples").mkdir()
     shown = [*chosen.tolist(), *map(int, worst)]
     speech = embed_speech(model, data.test, shown, "cpu")
     image = embed_images(model, data.test, range(len(data.test.image)), "cpu")
@@ -96,7 +98,7 @@ def _query(
 
 
 def _picture(data: Data, index: int, run_folder: Path) -> str:
-    file = f"examples/image-{index:05d}.png"
+    file = f"examples/image-{index:05d}.png"  # is there if another query shows it too
     if not (run_folder / file).exists():
         aside = run_folder / f"{file}.part"
         Picture.fromarray(read_image(data.test.corpus.images[index].path)).save(aside, "PNG")

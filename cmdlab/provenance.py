@@ -58,7 +58,7 @@ def source_sha256() -> str:
     for root in roots:
         weights = root / "encoders" / "weights"
         files = [*root.rglob("*.py"), *weights.glob("*.safetensors"), *weights.glob("*.json")]
-        for path in sorted(files):
+        for path in sorted(filter(Path.is_file, files)):  # Emacs locks x.py by a link to nowhere
             name = path.relative_to(root)
             if root == library and (name.parts[0] == "reporting" or name == Path("cli.py")):
                 continue
@@ -86,7 +86,7 @@ def _git_state(root: Path) -> dict[str, str | None]:
     if difference or names:
         digest = hashlib.sha256((difference or "").encode())
         for name in names:
-            digest.update(f"{name}\0{_sha256(root / name)}\n".encode())
+            digest.update(f"{name}\0{_content(root / name)}\n".encode(errors="surrogateescape"))
         changed = digest.hexdigest()
     return {"git_sha": sha.strip(), "uncommitted_sha256": changed}
 
@@ -98,6 +98,13 @@ def _output(*command: str) -> str | None:
     except OSError:
         return None
     return finished.stdout if finished.returncode == 0 else None
+
+
+def _content(path: Path) -> str:
+    """A link's target, a file's hash, nothing of what else git lists: a nested repository."""
+    if path.is_symlink():
+        return os.readlink(path)
+    return _sha256(path) if path.is_file() else ""
 
 
 def _sha256(path: Path) -> str:

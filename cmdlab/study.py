@@ -6,7 +6,7 @@ from pathlib import Path
 from cmdlab.corpora.spoken_scenes import make_corpus
 from cmdlab.errors import InputError
 from cmdlab.experiment import open_data
-from cmdlab.notebooks import run_notebook
+from cmdlab.notebooks import NotebookError, run_notebook
 from cmdlab.sweeps import run_sweep
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -16,7 +16,8 @@ def run_study(folder: Path, *, smoke: bool = False) -> Path:
     """Make everything in `folder` and return the report's path, which is printed too.
 
     smoke: a tiny corpus and a few steps, in a folder of their own beside the real ones.
-    Raises InputError where the notebooks are not at hand.
+    Raises InputError where the notebooks are not at hand, where the report's notebook fails, and,
+    once the report of the others is written, where any run failed.
     """
     sweep = NOTEBOOKS / "sweeps" / "study.yaml"
     if not sweep.is_file():
@@ -35,12 +36,24 @@ def run_study(folder: Path, *, smoke: bool = False) -> Path:
         file=sys.stderr,
     )
     _say("4/4 the report")
-    run_notebook(
-        NOTEBOOKS / "ablation_report.ipynb",
-        {"runs": str(summary.listing), "report": str(report)},
-        folder / f"ablation_report{suffix}.ipynb",
-    )
+    executed = folder / f"ablation_report{suffix}.ipynb"
+    try:
+        run_notebook(
+            NOTEBOOKS / "ablation_report.ipynb",
+            {"runs": str(summary.listing), "report": str(report)},
+            executed,
+        )
+    except NotebookError as error:
+        raise InputError(
+            f"{executed}: the report failed ({error}); see the traceback in this notebook, mend "
+            "the cause, and give the same command again"
+        ) from error
     print(report)
+    if summary.failed:
+        raise InputError(
+            f"{summary.listing}: {summary.failed} runs failed; see record.json in their folders, "
+            "mend the cause, and give the same command again"
+        )
     return report
 
 

@@ -63,6 +63,11 @@ def test_a_hit_is_a_best_patch_in_the_box(features, model):
     assert found == {"hits": 16, "words": 16, "chance": 1.0}  # "a" names neither shape nor colour
 
 
+def test_words_that_name_nothing_point_nowhere(features, model):
+    silent = truth_with([[0, 0, 64, 64]], [TimedWord("a", 0.0, 0.1, 0)])
+    assert pointing_game(model, features, silent, range(8)) is None
+
+
 def test_a_box_holds_the_patches_whose_centres_it_holds(features, model):
     found = pointing_game(model, features, truth_with([[4, 4, 20.5, 13]], WORDS[:1]), range(1))
     assert found["chance"] == pytest.approx(3 * 2 / 64)  # centres at 4, 12, 20 and at 4, 12

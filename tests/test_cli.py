@@ -147,6 +147,25 @@ def claiming_more_than_memory(path):
             )
 
 
+def marked_as_encrypted(path):
+    np.savez(path, **embeddings())
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        start = file.start_dir
+    content[6] |= 1  # the flag, in the first entry's header and in the directory
+    content[start + 8] |= 1
+    path.write_bytes(content)
+
+
+def compressed_by_a_method_of_the_future(path):
+    np.savez(path, **embeddings())
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        start = file.start_dir
+    content[8] = content[start + 10] = 97
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     "write",
     [
@@ -159,13 +178,22 @@ def claiming_more_than_memory(path):
         with_a_flipped_byte,
         with_a_text_for_an_array,
         claiming_more_than_memory,
+        marked_as_encrypted,
+        compressed_by_a_method_of_the_future,
     ],
-    ids=["none", "folder", "empty", "text", "npy", "cut", "flipped", "no array", "enormous"],
+    ids=[
+        *("none", "folder", "empty", "text", "npy", "cut", "flipped", "no array", "enormous"),
+        *("encrypted", "compressed"),
+    ],
 )
 def test_evaluate_refuses_a_file_that_is_no_sound_npz(tmp_path, capsys, write):
     path = tmp_path / "bad.npz"
     write(path)
     assert refusal(["evaluate", path], capsys).startswith(f"cmdlab: {path}: ")
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path, capsys):
+    assert "no such file" in refusal(["evaluate", tmp_path / "nothere.npz"], capsys)
 
 
 def test_evaluate_never_unpickles(tmp_path, capsys):
@@ -228,6 +256,12 @@ def test_a_wrong_command_line_is_one_line_that_points_to_the_help(arguments, hin
 def test_a_parameter_given_twice_is_refused(capsys):
     arguments = ["train", "--corpus", "a", "--output", "b", "-p", "seed=1", "-p", "seed=2"]
     assert "-p seed is given twice" in refusal(arguments, capsys)
+
+
+@pytest.mark.parametrize("name", ["device", "corpus", "features", "run_folder", "skip_bad"])
+def test_an_option_given_as_a_parameter_is_refused(name, capsys):
+    arguments = ["train", "--corpus", "a", "--output", "b", "-p", f"{name}=cpu"]
+    assert f"-p {name} is no parameter" in refusal(arguments, capsys)
 
 
 def test_a_folder_without_a_corpus_is_refused(tmp_path, capsys):

@@ -206,6 +206,8 @@ def test_a_table_is_read_as_it_was_saved(tmp_path):
         {"speech_equal": np.full(8, -1)},
         {"speech_image": np.zeros(8, np.int64)},  # images without captions
         {"speech_image": OWNER + 1},
+        {"speech_image": np.where(OWNER == 0, 2**45, OWNER)},  # counted, it would fill the memory
+        {"speech_greater": np.full(8, 2**62), "speech_equal": np.full(8, 2**62)},  # overflows
         {"image_greater": np.zeros(3, np.int64)},
         {"speech_greater": np.zeros(8)},
     ],

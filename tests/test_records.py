@@ -321,7 +321,14 @@ def test_provenance_knows_the_commit_and_what_differs_from_it(copy_of_the_packag
         with (copy_of_the_packages / name).open("a") as file:
             file.write("\n")
         states.add(state())
-    assert len(states) == 4
+    link = copy_of_the_packages / "link"
+    for target in ("cmdlab", "nowhere"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        states.add(state())
+    git("init", "--quiet", "nested")
+    states.add(state())
+    assert len(states) == 7
     assert {commit for commit, _ in states} == {sha}
 
 

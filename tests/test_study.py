@@ -1,0 +1,46 @@
+"""The whole study where something in it fails: the report comes first, then the refusal."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from cmdlab import study
+from cmdlab.cli import main
+
+
+def write_notebook(path: Path, parameters: str, body: str) -> None:
+    tagged = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    cells = [tagged, nbformat.v4.new_code_cell(body)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+
+
+@pytest.mark.parametrize(
+    ("report", "line"),
+    [
+        ("open(report, 'w').write('drawn')", r"sweeps/study-smoke.json: 1 runs failed; see"),
+        ("raise OSError('disk\\nfull')", "ablation_report-smoke.ipynb: the report failed (OSError"),
+    ],
+    ids=["run", "report"],
+)
+def test_a_failure_is_one_line_and_no_success(
+    report, line, smoke_corpus, smoke_data, tmp_path, monkeypatch, capsys
+):
+    notebooks = tmp_path / "notebooks"
+    (notebooks / "sweeps").mkdir(parents=True)
+    plan = {"notebook": "train.ipynb", "seeds": [1], "arms": {"one": None}}
+    plan["fixed"] = {"corpus": "none"}
+    (notebooks / "sweeps" / "study.yaml").write_text(yaml.safe_dump(plan))
+    own = "seed = 1\nsmoke = False\nrun_folder = ''\ncorpus = ''"
+    write_notebook(notebooks / "sweeps" / "train.ipynb", own, "1 / 0")
+    write_notebook(notebooks / "ablation_report.ipynb", "runs = ''\nreport = ''", report)
+    monkeypatch.setattr(study, "NOTEBOOKS", notebooks)
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "corpus-smoke").symlink_to(smoke_corpus)  # made before, with its features
+    assert main(["study", "--smoke", "--folder", str(folder)]) == 2
+    printed = capsys.readouterr()
+    assert line in printed.err.splitlines()[-1]
+    assert printed.out == (f"{folder / 'report-smoke.html'}\n" if "drawn" in report else "")
+    assert (folder / "ablation_report-smoke.ipynb").is_file()
