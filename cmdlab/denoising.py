@@ -1,10 +1,13 @@
 """Cross-Modal Denoising (Zhou et al. 2024): a task beside contrastive training, never at retrieval.
 
-Some tokens of one modality are corrupted; the `Denoiser` restores them by attending to the clean
-tokens of the other. Only the corrupted places are computed. Which modality is corrupted, how and
-how much, what is to be restored and how the restoration is judged, are the study's axes.
+Some of a frozen encoder's tokens of one modality are corrupted and read by that modality's trained
+head; the `Denoiser` restores them by attending to the clean tokens of the other modality. What is
+restored is frozen, so it cannot be made easier by making it poorer. Only the corrupted places are
+restored. Which modality is corrupted, how and how much, what is to be restored and how the
+restoration is judged, are the study's axes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +20,14 @@ from cmdlab_kernels.denoising_attention import (
 from cmdlab_kernels.info_nce import info_nce
 from torch import Tensor, nn
 
-from cmdlab.errors import InputError
+from cmdlab.errors import InputError, check_types
 
 CHOICES = {
     "direction": ("image", "speech", "both"),
     "corruption": ("swap", "gaussian", "mask", "shuffle"),
     "target": ("tokens", "pooled"),
     "loss": ("normalised_mse", "cosine", "info_nce"),
+    "context": ("own", "other"),
 }
 NEGATIVES = 512  # corrupted places that the InfoNCE loss compares with each other
 
@@ -36,18 +40,21 @@ class Denoising:
     item of the batch ("swap"), by itself with noise of its own standard deviation ("gaussian"), by
     a learnt token ("mask"), or by another one of the same item ("shuffle"); where there is no other
     one it stays. rate: the fraction of an item's tokens. target: the clean "tokens" at those
-    places, or the item's mean token ("pooled"). depth: the number of cross-attentions. The defaults
-    are the study's base arm.
+    places, or the item's mean token ("pooled"). depth: the number of cross-attentions. context: the
+    tokens attended to are those of the item's "own" other side or, as a control that leaves all
+    but the pairing as it is, of the batch's next item ("other").
     """
 
     direction: str = "image"
-    corruption: str = "swap"
-    rate: float = 0.3
-    target: str = "tokens"
+    corruption: str = "mask"
+    rate: float = 0.1
+    target: str = "pooled"
     loss: str = "normalised_mse"
-    depth: int = 1
+    depth: int = 2
+    context: str = "own"
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name}: {getattr(self, name)!r} is none of {', '.join(choices)}")
@@ -65,6 +72,13 @@ class Corruption:
     place: Tensor  # int64 [P]
     table: Tensor  # [S, width]
     index: Tensor  # int64 [P]
+
+    def read_by(self, head: Callable[[Tensor], Tensor], clean: Tensor) -> "Corruption":
+        """The same places in what `head` makes of the tokens [batch, T, width] with these in."""
+        tokens = clean.clone()
+        tokens[self.item, self.place] = self.table[self.index]
+        index = self.item * tokens.shape[1] + self.place
+        return Corruption(self.item, self.place, head(tokens).flatten(0, 1), index)
 
 
 class Denoiser(nn.Module):
@@ -101,16 +115,23 @@ class Denoiser(nn.Module):
         lengths: Tensor,
         context: Tensor,
         context_lengths: Tensor,
+        item_id: Tensor,
         generator: torch.Generator,
+        head: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The restoration loss of a batch, 0-d.
 
         tokens: [batch, T, width], clean, to be corrupted; context: [batch, K, context_width] of the
-        other modality; lengths: int64 [batch] of each. `generator` decides the corruption. The
-        targets take no gradient.
+        other modality; lengths: int64 [batch] of each; item_id: int64 [batch], alike where tokens
+        are of the same item. `generator` decides the corruption. `head` reads the corrupted tokens
+        and gives as many; without one the denoiser reads them itself. The targets take no gradient.
         """
-        corrupted = corrupt(tokens, lengths, self.settings, self.mask, generator)
+        corrupted = corrupt(tokens, lengths, item_id, self.settings, self.mask, generator)
         target, target_index = self._target(tokens, lengths, corrupted)
+        if head is not None:
+            corrupted = corrupted.read_by(head, tokens)
+        if self.settings.context == "other":
+            context, context_lengths = context.roll(1, 0), context_lengths.roll(1)
         position = self.position
         place = corrupted.place.clamp(max=len(position) - 1)
         if self.settings.depth == 1 and self.settings.loss != "info_nce":
@@ -141,7 +162,7 @@ class Denoiser(nn.Module):
         return info_nce(
             nn.functional.normalize(restored[chosen], dim=-1),
             nn.functional.normalize(target[target_index[chosen]], dim=-1),
-            target_index[chosen],
+            self._target_id(item_id, corrupted)[chosen],
             restored.new_tensor(10.0),
         )
 
@@ -157,6 +178,11 @@ class Denoiser(nn.Module):
         total = clean.masked_fill(~valid[..., None], 0).sum(1)
         return total / lengths.clamp(min=1)[:, None], to.item
 
+    def _target_id(self, item_id: Tensor, to: Corruption) -> Tensor:
+        """For each corrupted place the id of its target; equal targets of one item have one id."""
+        places = int(to.place.max()) + 1 if self.settings.target == "tokens" else 1
+        return item_id[to.item] * places + to.place % places
+
 
 def _weights(outputs: int, inputs: int, count: int) -> nn.ParameterList:
     """Weights of linear maps without bias, as `nn.Linear` initialises them."""
@@ -166,13 +192,14 @@ def _weights(outputs: int, inputs: int, count: int) -> nn.ParameterList:
 def corrupt(
     tokens: Tensor,
     lengths: Tensor,
+    item_id: Tensor,
     settings: Denoising,
     mask: Tensor,
     generator: torch.Generator,
 ) -> Corruption:
     """Choose the places to corrupt and what is put there.
 
-    tokens: [batch, T, width]; lengths: int64 [batch]; mask: [1, width], for corruption "mask".
+    tokens: [batch, T, width]; lengths, item_id: int64 [batch]; mask: [1, width], for "mask".
     Of each item round(rate · length) places are chosen, at least one where it has any.
     `generator` is a CPU generator, so the choice does not depend on the device.
     """
@@ -196,10 +223,15 @@ def corrupt(
         donor = item
         if settings.corruption == "swap":
             filled = host_lengths.nonzero().flatten()  # an item without tokens has none to give
-            row = (host_lengths > 0).cumsum(0)[item] - 1  # of `filled`
-            other = torch.randint(1, max(len(filled), 2), item.shape, generator=generator)
-            donor = filled[(row + other) % len(filled)]
+            order = item_id.cpu()[filled].argsort(stable=True)
+            filled, ids = filled[order], item_id.cpu()[filled][order]
+            own = item_id.cpu()[item]
+            past = torch.searchsorted(ids, own, right=True)  # behind those of the same item
+            others = len(filled) - (past - torch.searchsorted(ids, own))
+            step = (torch.rand(item.shape, generator=generator) * others).long()
+            donor = torch.where(others > 0, filled[(past + step) % max(len(filled), 1)], item)
             at = (torch.rand(item.shape, generator=generator) * host_lengths[donor]).long()
+            at = torch.where(others > 0, at, place)
         else:
             others = host_lengths[item] - 1
             step = (torch.rand(item.shape, generator=generator) * others).long()

@@ -1,4 +1,7 @@
-"""The one exception for input that a user must mend."""
+"""The one exception for input that a user must mend, and the check of a recipe's types."""
+
+from dataclasses import fields
+from typing import Any
 
 
 class InputError(ValueError):
@@ -6,3 +9,15 @@ class InputError(ValueError):
 
     The command line prints the message and exits with 2.
     """
+
+
+def check_types(recipe: Any) -> None:
+    """Raise InputError where a dataclass holds a value of another type than the field's.
+
+    A whole number will do where a float is asked for; a bool is no number.
+    """
+    for field in fields(recipe):
+        value = getattr(recipe, field.name)
+        wanted = (int, float) if field.type is float else field.type
+        if not isinstance(value, wanted) or isinstance(value, bool):  # type: ignore[arg-type]
+            raise InputError(f"{field.name}: {value!r} is no {field.type.__name__}")  # type: ignore[union-attr]

@@ -3,8 +3,9 @@
 The notebook `train.ipynb` and `cmdlab train` both walk through these steps.
 """
 
-import resource
+import re
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from cmdlab.alignment import foil_test, pointing_game
+from cmdlab.corpora.check import leave_out_unreadable
 from cmdlab.corpora.corpus import SPLITS, Corpus, load_corpus
 from cmdlab.corpora.ground_truth import (
     GroundTruth,
@@ -52,15 +54,22 @@ def open_data(
     features: Path | None = None,
     hearing: Hearing | None = None,
     workers: int | None = None,
+    skip_bad: bool = False,
 ) -> Data:
     """Load the three splits and encode what is not encoded yet.
 
     features: the folder of the feature stores, by default `<corpus>.features` beside the corpus.
+    `skip_bad` leaves out entries that cannot be used, and tells which on standard error; it decodes
+    every file to find them.
     Raises InputError for a corpus that cannot be read.
     """
-    folder = features or corpus.with_name(corpus.name + ".features")
+    folder = features or Path(f"{corpus.resolve()}.features")
     hearing = hearing or Hearing()
-    corpora = [load_corpus(corpus, split) for split in SPLITS]
+    corpora = [load_corpus(corpus, split, skip_bad=skip_bad) for split in SPLITS]
+    if skip_bad:
+        corpora = [leave_out_unreadable(split, progress=True) for split in corpora]
+        for problem in dict.fromkeys(problem for split in corpora for problem in split.left_out):
+            print(f"left out: {corpus}: {problem}", file=sys.stderr)
     test = corpora[-1]
     truth, foils = read_ground_truth(test), read_foils(test)
     wanted = [(split, encoder) for split in corpora for encoder in (SPEECH, IMAGE)]
@@ -95,12 +104,14 @@ def run_experiment(
     *,
     features: Path | None = None,
     device: str = "auto",
+    skip_bad: bool = False,
     **recipe: Any,
 ) -> dict[str, Any]:
     """Train one model and measure it; `recipe` changes fields of `Training` or `Denoising`.
 
     A run that was stopped goes on from its checkpoint. Returns what result.json holds.
-    Raises InputError for a name that is no field of either.
+    Raises InputError for a name that is no field of either, and for a folder that holds a finished
+    run.
     """
     make_deterministic()
     names = {field.name for field in fields(Denoising)}
@@ -111,9 +122,11 @@ def run_experiment(
     denoising = Denoising(**{name: recipe.pop(name) for name in names & set(recipe)})
     training = Training(denoising=denoising, **recipe)
     device = pick_device(device)
+    if (run_folder / "result.json").exists():
+        raise InputError(f"{run_folder}: holds a finished run; choose another folder or remove it")
     run_folder.mkdir(parents=True, exist_ok=True)
     checkpoint = run_folder / "checkpoint.pt"
-    data = open_data(corpus, features=features)
+    data = open_data(corpus, features=features, skip_bad=skip_bad)
     trained = train(training, data.train, data.validation, device=device, checkpoint=checkpoint)
     result = measure(data, trained, training, run_folder, device=device)
     checkpoint.unlink()
@@ -124,6 +137,8 @@ def pick_device(device: str) -> str:
     """ "auto" is a GPU where there is one. Raises InputError for a device that is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError(f"device: {device!r} is none of auto, cpu, cuda, cuda:1")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device: {device} is not there; use cpu")
     return device
@@ -165,7 +180,7 @@ def measure(
             **inference_cost(model, data.test),
             "training_seconds": trained.seconds,
             "steps": training.steps,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": trained.peak_memory_bytes,
         },
         "alignment": (
             {

@@ -49,16 +49,41 @@ def training_losses(
     generator: torch.Generator,
 ) -> Losses:
     """Id-aware symmetric InfoNCE + `weight` × the mean restoration loss of the denoisers."""
-    speech_tokens, speech = model.speech_head(batch.states, batch.lengths)
+    head = model.speech_head
+    mixed = head.mix(batch.states, batch.lengths)
+    speech_tokens = head.contextualise(mixed, batch.lengths)
     image_tokens, image = model.image_head(batch.patches, batch.embedding)
-    contrastive = info_nce(speech, image, batch.image_id, model.scale)
+    contrastive = info_nce(
+        head.pool(speech_tokens, batch.lengths), image, batch.image_id, model.scale
+    )
     if not len(denoisers):
         return Losses(contrastive, contrastive, None)
     patches = torch.full_like(batch.lengths, image_tokens.shape[1])
-    sides = {"image": (image_tokens, patches), "speech": (speech_tokens, batch.lengths)}
+    captions = torch.arange(len(batch.lengths), device=batch.lengths.device)
     restoration = []
-    for corrupted, other in (("image", "speech"), ("speech", "image")):
-        if corrupted in denoisers:
-            restoration.append(denoisers[corrupted](*sides[corrupted], *sides[other], generator))
+    if "image" in denoisers:
+        restoration.append(
+            denoisers["image"](
+                batch.patches,
+                patches,
+                speech_tokens,
+                batch.lengths,
+                batch.image_id,
+                generator,
+                model.image_head.contextualise if model.image_head.pools_patches else None,
+            )
+        )
+    if "speech" in denoisers:
+        restoration.append(
+            denoisers["speech"](
+                mixed.detach(),
+                batch.lengths,
+                image_tokens,
+                patches,
+                captions,
+                generator,
+                lambda tokens: head.contextualise(tokens, batch.lengths),
+            )
+        )
     denoising = torch.stack(restoration).mean()
     return Losses(contrastive + weight * denoising, contrastive, denoising)

@@ -61,25 +61,39 @@ class SpeechHead(nn.Module):
         Returns tokens [batch, tokens, width], zero beyond the lengths, and embeddings
         [batch, embedding] of unit norm. What stands beyond a length has no part in either.
         """
-        # Half of a batch is padding, so on a CPU captions of like length are computed together.
-        on_cpu = states.device.type == "cpu"
-        tokens = states.new_zeros(len(states), states.shape[2], states.shape[3])
-        embeddings = states.new_zeros(len(states), self.projection.out_features)
-        for items in lengths.argsort(stable=True).split(GROUP if on_cpu else len(states)):
-            longest = int(lengths[items].max()) if on_cpu else states.shape[2]
-            found = self._encode(states[items, :, :longest], lengths[items])
-            tokens[items, :longest], embeddings[items] = found
-        return tokens, embeddings
+        tokens = self.contextualise(self.mix(states, lengths), lengths)
+        return tokens, self.pool(tokens, lengths)
 
-    def _encode(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        padding = torch.arange(states.shape[2], device=states.device) >= lengths[:, None]
-        states = states.masked_fill(padding[:, None, :, None], 0)
-        x = torch.einsum("l,bltd->btd", self.layer_weights.softmax(0), states)
-        x = self.norm(self.transformer(x, src_key_padding_mask=padding))
-        x = x.masked_fill(padding[..., None], 0)
-        weights = self.importance(x).masked_fill(padding[..., None], -torch.inf).softmax(1)
-        pooled = self.projection((weights * x).sum(1))
-        return x, nn.functional.normalize(pooled, dim=-1)
+    def mix(self, states: Tensor, lengths: Tensor) -> Tensor:
+        """The softmax-weighted sum of layers [batch, tokens, width], zero beyond the lengths."""
+        states = states.masked_fill(_padding(states[:, 0], lengths)[:, None, :, None], 0)
+        return torch.einsum("l,bltd->btd", self.layer_weights.softmax(0), states)
+
+    def contextualise(self, mixed: Tensor, lengths: Tensor) -> Tensor:
+        """Contextual tokens [batch, tokens, width] of what `mix` gave, zero beyond the lengths."""
+        # Half of a batch is padding, so on a CPU captions of like length are computed together.
+        on_cpu = mixed.device.type == "cpu"
+        tokens = torch.zeros_like(mixed)
+        for items in lengths.argsort(stable=True).split(GROUP if on_cpu else len(mixed)):
+            longest = int(lengths[items].max()) if on_cpu else mixed.shape[1]
+            group = mixed[items, :longest]
+            padding = _padding(group, lengths[items])
+            group = self.norm(self.transformer(group, src_key_padding_mask=padding))
+            tokens[items, :longest] = group.masked_fill(padding[..., None], 0)
+        return tokens
+
+    def pool(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Embeddings [batch, embedding] of unit norm of what `contextualise` gave."""
+        importance = self.importance(tokens).masked_fill(
+            _padding(tokens, lengths)[..., None], -torch.inf
+        )
+        pooled = self.projection((importance.softmax(1) * tokens).sum(1))
+        return nn.functional.normalize(pooled, dim=-1)
+
+
+def _padding(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Which of [batch, tokens] stand beyond the lengths."""
+    return torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
 
 
 class ImageHead(nn.Module):
@@ -105,9 +119,13 @@ class ImageHead(nn.Module):
         """
         if not self.pools_patches:
             return patches, embedding
-        tokens = patches + self.mix(patches)
+        tokens = self.contextualise(patches)
         pooled = (self.importance(tokens).softmax(1) * self.projection(tokens)).sum(1)
         return tokens, nn.functional.normalize(embedding + pooled, dim=-1)
+
+    def contextualise(self, patches: Tensor) -> Tensor:
+        """Tokens [batch, patches, width] of a head that pools patches."""
+        return patches + self.mix(patches)
 
 
 class RetrievalModel(nn.Module):
@@ -124,8 +142,16 @@ class RetrievalModel(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """1 / temperature, 0-d, at most MAX_SCALE."""
-        return self.log_scale.exp().clamp(max=self.MAX_SCALE)
+        """1 / temperature, 0-d."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def bound_scale(self) -> None:
+        """Bring the scale back to at most MAX_SCALE; called after each step of the optimiser.
+
+        Were it bounded where it is used, it would have no gradient beyond and stay there.
+        """
+        self.log_scale.clamp_(max=math.log(self.MAX_SCALE))
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `model.safetensors` and `model.json`."""

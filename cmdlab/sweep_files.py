@@ -61,8 +61,8 @@ def read_sweep(
     seeds = plan["seeds"][:1] if smoke else plan["seeds"]
     source = source_sha256()
     contents = {
-        corpus: _corpus_hash(file, corpus)
-        for corpus in {parameters.get("corpus") for parameters in arms.values()}
+        at: _corpus_hash(file, *at)
+        for at in {(point.get("corpus"), point.get("skip_bad", False)) for point in arms.values()}
     }
     cells = []
     for seed, (arm, point) in itertools.product(seeds, arms.items()):
@@ -71,7 +71,7 @@ def read_sweep(
             "parameters": parameters,
             "notebook": notebook.sha256,
             "source": source,
-            "corpus": contents[point.get("corpus")],
+            "corpus": contents[point.get("corpus"), point.get("skip_bad", False)],
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         cells.append(
@@ -203,7 +203,7 @@ def _lists(file: Path, plan: dict[str, Any], key: str) -> dict[str, list[Any]]:
     return lists
 
 
-def _corpus_hash(file: Path, corpus: Any) -> str | None:
+def _corpus_hash(file: Path, corpus: Any, skip_bad: bool) -> str | None:
     """The content hash of the corpus that the parameter `corpus` names; None without one."""
     if not isinstance(corpus, str):
         return None
@@ -215,5 +215,5 @@ def _corpus_hash(file: Path, corpus: Any) -> str | None:
             f"{file}: corpus {corpus!r} is no folder; make it with `cmdlab corpus make {corpus}`"
         )
     if Path(corpus, "corpus.json").exists():
-        return read_identity(UntrustedFolder(Path(corpus), skip_bad=False))[1]
-    return load_corpus(Path(corpus), "test").content_hash
+        return read_identity(UntrustedFolder(Path(corpus), skip_bad=skip_bad))[1]
+    return load_corpus(Path(corpus), "test", skip_bad=skip_bad).content_hash

@@ -7,6 +7,7 @@ batches from the same initial heads.
 
 import math
 import os
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from cmdlab.denoising import Denoising
 from cmdlab.encoders.store import Features
-from cmdlab.errors import InputError
+from cmdlab.errors import InputError, check_types
 from cmdlab.evaluation import RankTable, rank_table, retrieval_metrics
 from cmdlab.losses import Batch, make_denoisers, training_losses
 from cmdlab.model import RetrievalModel, Shape
@@ -43,13 +44,16 @@ class Training:
     denoising: Denoising = field(default_factory=Denoising)
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("steps", "batch_size", "validate_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is not at least 1")
-        if self.seed < 0:
-            raise InputError(f"seed: {self.seed} is negative")
-        if not self.learning_rate > 0 or not self.weight >= 0:
-            raise InputError("learning_rate must be above 0, and weight must not be negative")
+        for name in ("learning_rate", "gradient_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}: {getattr(self, name)} is not above 0 and finite")
+        for name in ("seed", "warm_up", "weight_decay", "weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name}: {getattr(self, name)} is not at least 0 and finite")
 
 
 @dataclass
@@ -60,6 +64,7 @@ class Trained:
     denoisers: nn.ModuleDict
     curve: list[dict[str, Any]]
     seconds: float  # of training steps, validation left out
+    peak_memory_bytes: int  # of the process on a CPU, of what torch held on a GPU
 
 
 def train(
@@ -75,7 +80,7 @@ def train(
 
     With `checkpoint` the state is kept in that file at every validation, and a file that is there
     is continued from. `stop_after` ends the run early, for tests of that.
-    Raises InputError for a checkpoint of another run, RuntimeError when the loss is not finite.
+    Raises InputError for a checkpoint of another run, and when the loss is not finite.
     """
     shape = Shape(
         train_features.speech.layers,
@@ -89,12 +94,13 @@ def train(
     patches = int(train_features.image.lengths.max())
     torch.manual_seed(training.seed)  # the heads are the same whether there is a denoiser or not
     denoisers = make_denoisers(training.denoising, shape, patches) if training.weight else None
-    trained = Trained(model, (denoisers or nn.ModuleDict()).to(device), [], 0.0)
+    trained = Trained(model, (denoisers or nn.ModuleDict()).to(device), [], 0.0, 0)
     parameters = [*model.parameters(), *trained.denoisers.parameters()]
     optimiser = torch.optim.AdamW(
         parameters, training.learning_rate, weight_decay=training.weight_decay
     )
-    recipe = {**asdict(training), "corpus": train_features.corpus.content_hash}
+    stores = [train_features.speech.name, train_features.image.name]
+    recipe = asdict(training) | {"corpus": train_features.corpus.content_hash, "features": stores}
     first = 0
     if checkpoint is not None and checkpoint.exists():
         first = _load_checkpoint(checkpoint, recipe, trained, optimiser)
@@ -109,7 +115,7 @@ def train(
         )
         losses = training_losses(model, trained.denoisers, batch, training.weight, generator)
         if not math.isfinite(losses.total.item()):
-            raise RuntimeError(
+            raise InputError(
                 f"the loss became {losses.total.item()} at step {step}: "
                 "lower learning_rate or weight, or look for features that are not finite"
             )
@@ -117,6 +123,7 @@ def train(
         losses.total.backward()
         nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
         optimiser.step()
+        model.bound_scale()
         trained.seconds += time.perf_counter() - started
         ends = step + 1 == training.steps
         validates = (step + 1) % training.validate_every == 0 or ends
@@ -137,6 +144,11 @@ def train(
             )
         if checkpoint is not None and validates:
             _save_checkpoint(checkpoint, recipe, trained, optimiser, step + 1)
+    trained.peak_memory_bytes = (
+        torch.cuda.max_memory_allocated(device)
+        if device.startswith("cuda")
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     return trained
 
 
@@ -249,8 +261,8 @@ def _load_checkpoint(
         state = torch.load(path, weights_only=True, map_location="cpu")
         if state["recipe"] != recipe:
             raise InputError(
-                f"{path}: is of a run with other settings or another corpus; remove it to start "
-                "anew"
+                f"{path}: is of a run with other settings or on other features; remove it to "
+                "start anew"
             )
         trained.model.load_state_dict(state["model"])
         trained.denoisers.load_state_dict(state["denoisers"])

@@ -13,6 +13,7 @@ from cmdlab.errors import InputError
 WIDTH, CONTEXT, LONGEST = 16, 12, 6
 LENGTHS = torch.tensor([6, 1, 4, 3])
 CONTEXT_LENGTHS = torch.tensor([2, 5, 1, 3])
+IDS = torch.arange(4)
 POINTS = list(product(CHOICES["corruption"], CHOICES["target"], CHOICES["loss"], (1, 3)))
 
 
@@ -34,13 +35,20 @@ def make_denoiser(**settings: object) -> Denoiser:
     return Denoiser(Denoising(**settings), WIDTH, CONTEXT, LONGEST)  # type: ignore[arg-type]
 
 
-def corruption(name: str, lengths: torch.Tensor, rate: float = 0.5, seed: int = 0) -> Corruption:
+def corruption(
+    name: str,
+    lengths: torch.Tensor,
+    rate: float = 0.5,
+    seed: int = 0,
+    ids: torch.Tensor | None = None,
+) -> Corruption:
     """Of tokens that hold their item and their place, so that each can be told apart."""
     longest = int(lengths.max())
     items, places = torch.meshgrid(torch.arange(len(lengths)), torch.arange(longest), indexing="ij")
     tokens = torch.stack([items, places], -1).float()
     settings = Denoising(corruption=name, rate=rate)
-    return corrupt(tokens, lengths, settings, torch.full((1, 2), -7.0), generator(seed))
+    ids = torch.arange(len(lengths)) if ids is None else ids
+    return corrupt(tokens, lengths, ids, settings, torch.full((1, 2), -7.0), generator(seed))
 
 
 lengths_of_items = st.lists(st.integers(0, 12), min_size=2, max_size=6).filter(
@@ -73,6 +81,21 @@ def test_a_swapped_token_is_a_real_one_of_another_item(lengths, seed):
 
 
 @settings(max_examples=100, deadline=None)
+@given(lengths_of_items, st.data(), st.integers(0, 99))
+def test_two_rows_of_one_item_give_each_other_nothing(lengths, data, seed):
+    """Two captions of an image are two rows with the same patches."""
+    ids = torch.tensor(data.draw(st.lists(st.integers(3, 5), min_size=6, max_size=6)))
+    ids, lengths = ids[: len(lengths)], torch.tensor(lengths)
+    found = corruption("swap", lengths, seed=seed, ids=ids)
+    donor, place = found.table[found.index].long().unbind(1)
+    others = torch.stack([((ids != one) & (lengths > 0)).any() for one in ids])[found.item]
+    assert (ids[donor] != ids[found.item])[others].all()
+    assert (place < lengths[donor]).all()
+    stays = (donor == found.item) & (place == found.place)
+    assert stays[~others].all()
+
+
+@settings(max_examples=100, deadline=None)
 @given(lengths_of_items, st.integers(0, 99))
 def test_a_shuffled_token_is_another_one_of_its_item(lengths, seed):
     found = corruption("shuffle", torch.tensor(lengths), seed=seed)
@@ -101,7 +124,7 @@ def test_the_noise_is_as_strong_as_its_token():
     )
     lengths = torch.tensor([200, 200])
     settings = Denoising(corruption="gaussian", rate=1.0)
-    found = corrupt(tokens, lengths, settings, torch.zeros(1, 64), generator())
+    found = corrupt(tokens, lengths, torch.arange(2), settings, torch.zeros(1, 64), generator())
     noise = (found.table[found.index] - tokens[found.item, found.place]).view(2, 200, 64)
     assert noise[0].std() == pytest.approx(0.1, rel=0.05)
     assert noise[1].std() == pytest.approx(5.0, rel=0.05)
@@ -120,7 +143,7 @@ def test_the_generator_decides(name):
 def test_every_point_of_the_axes_runs_and_trains_what_it_should(corrupts, target, loss, depth):
     tokens, context = (tensor.requires_grad_() for tensor in batch())
     denoiser = make_denoiser(corruption=corrupts, target=target, loss=loss, depth=depth)
-    value = denoiser(tokens, LENGTHS, context, CONTEXT_LENGTHS, generator())
+    value = denoiser(tokens, LENGTHS, context, CONTEXT_LENGTHS, IDS, generator())
     assert value.shape == ()
     assert torch.isfinite(value)
     value.backward()
@@ -145,7 +168,7 @@ def test_padding_never_reaches_loss_or_gradients(corrupts, target, loss, depth):
             context[row, context_lengths[row] :] = poison
         leaves = [tokens.clone().requires_grad_(), context.clone().requires_grad_()]
         denoiser = make_denoiser(corruption=corrupts, target=target, loss=loss, depth=depth)
-        value = denoiser(leaves[0], lengths, leaves[1], context_lengths, generator())
+        value = denoiser(leaves[0], lengths, leaves[1], context_lengths, IDS, generator())
         value.backward()
         gradients = [p.grad for p in (*leaves, *denoiser.parameters()) if p.grad is not None]
         found.append([value.detach(), *gradients])
@@ -157,18 +180,19 @@ def test_padding_never_reaches_loss_or_gradients(corrupts, target, loss, depth):
 @pytest.mark.parametrize("loss", CHOICES["loss"])
 def test_only_corrupted_places_enter_the_loss(loss):
     tokens, context = batch()
-    denoiser = make_denoiser(corruption="mask", loss=loss)
-    places = corrupt(tokens, LENGTHS, denoiser.settings, denoiser.mask, generator())
+    denoiser = make_denoiser(target="tokens", depth=1, loss=loss)
+    places = corrupt(tokens, LENGTHS, IDS, denoiser.settings, denoiser.mask, generator())
     changed = torch.full((4, LONGEST), True)
     changed[places.item, places.place] = False
     assert changed.any()
     other = torch.where(changed[..., None], 100.0, tokens)
     value, same = (
-        denoiser(one, LENGTHS, context, CONTEXT_LENGTHS, generator()) for one in (tokens, other)
+        denoiser(one, LENGTHS, context, CONTEXT_LENGTHS, IDS, generator())
+        for one in (tokens, other)
     )
     assert torch.equal(value, same)
     other = torch.where(changed[..., None], tokens, 100.0)
-    assert denoiser(other, LENGTHS, context, CONTEXT_LENGTHS, generator()) != value
+    assert denoiser(other, LENGTHS, context, CONTEXT_LENGTHS, IDS, generator()) != value
 
 
 def test_the_pooled_target_is_the_mean_of_an_items_tokens():
@@ -176,11 +200,11 @@ def test_the_pooled_target_is_the_mean_of_an_items_tokens():
     settings = {"corruption": "mask", "rate": 1.0}
     pooled = make_denoiser(target="pooled", **settings)
     means = torch.stack([one[:n].mean(0) for one, n in zip(tokens, LENGTHS.tolist(), strict=True)])
-    value = pooled(tokens, LENGTHS, context, CONTEXT_LENGTHS, generator())
+    value = pooled(tokens, LENGTHS, context, CONTEXT_LENGTHS, IDS, generator())
     # With every token equal to the mean, the token itself is the same target.
     flat = means[:, None].expand_as(tokens).contiguous()
     expected = make_denoiser(target="tokens", **settings)(
-        flat, LENGTHS, context, CONTEXT_LENGTHS, generator()
+        flat, LENGTHS, context, CONTEXT_LENGTHS, IDS, generator()
     )
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -189,7 +213,9 @@ def test_an_item_is_restored_from_its_own_context_alone():
     tokens, context = batch()
     denoiser = make_denoiser(corruption="mask", target="tokens")
     context.requires_grad_()
-    denoiser(tokens, torch.tensor([6, 0, 0, 0]), context, CONTEXT_LENGTHS, generator()).backward()
+    denoiser(
+        tokens, torch.tensor([6, 0, 0, 0]), context, CONTEXT_LENGTHS, IDS, generator()
+    ).backward()
     assert (context.grad[0, :2] != 0).any()
     assert (context.grad[0, 2:] == 0).all()
     assert (context.grad[1:] == 0).all()
@@ -206,7 +232,7 @@ def test_what_the_other_modality_tells_is_learnt(loss):
         told = torch.randn(16, 1, CONTEXT, generator=random)
         tokens = torch.nn.functional.pad(told, (0, WIDTH - CONTEXT)).expand(-1, 3, -1)
         lengths, ones = torch.full((16,), 3), torch.ones(16, dtype=torch.int64)
-        value = denoiser(tokens, lengths, told, ones, generator(step))
+        value = denoiser(tokens, lengths, told, ones, torch.arange(16), generator(step))
         optimiser.zero_grad()
         value.backward()
         optimiser.step()
@@ -216,11 +242,38 @@ def test_what_the_other_modality_tells_is_learnt(loss):
     assert values[-1] - floor < 0.5 * (values[0] - floor)
 
 
+@pytest.mark.parametrize("target", CHOICES["target"])
+def test_equal_targets_are_not_each_others_negatives(target):
+    """Two rows of one image hold the same tokens; only a third row is something else."""
+    tokens, context = batch()
+    tokens[1] = tokens[0]
+    lengths, ones = torch.tensor([6, 6]), torch.tensor([1, 1])
+    denoiser = make_denoiser(corruption="mask", loss="info_nce", target=target, rate=1.0)
+    values = [
+        denoiser(tokens[:2], lengths, context[:2], ones, torch.tensor(ids), generator()).item()
+        for ids in ([7, 7], [7, 8])
+    ]
+    if target == "pooled":
+        assert values[0] == 0  # one target for all: nothing to tell apart
+    assert values[0] < values[1]
+
+
+def test_another_items_context_is_the_next_ones():
+    tokens, context = batch()
+    own, other = (make_denoiser(corruption="mask", context=name) for name in CHOICES["context"])
+    shifted = own(tokens, LENGTHS, context.roll(1, 0), CONTEXT_LENGTHS.roll(1), IDS, generator())
+    found = other(tokens, LENGTHS, context, CONTEXT_LENGTHS, IDS, generator())
+    assert torch.equal(found, shifted)
+    assert found != own(tokens, LENGTHS, context, CONTEXT_LENGTHS, IDS, generator())
+
+
 def test_places_beyond_the_last_position_share_it():
     denoiser = make_denoiser(corruption="mask", rate=1.0)
     tokens = torch.randn(1, 9, WIDTH, generator=generator())
     _, context = batch()
-    value = denoiser(tokens, torch.tensor([9]), context[:1], CONTEXT_LENGTHS[:1], generator())
+    value = denoiser(
+        tokens, torch.tensor([9]), context[:1], CONTEXT_LENGTHS[:1], IDS[:1], generator()
+    )
     assert torch.isfinite(value)
 
 
@@ -235,6 +288,9 @@ def test_places_beyond_the_last_position_share_it():
         {"rate": 1.5},
         {"rate": float("nan")},
         {"depth": 0},
+        {"depth": 1.5},
+        {"rate": "0.3"},
+        {"context": "none"},
     ],
 )
 def test_a_point_off_the_axes_is_refused(wrong):

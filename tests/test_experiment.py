@@ -1,16 +1,18 @@
 """An experiment from a corpus to a run's folder, and what its files hold."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from cmdlab.corpora.corpus import load_corpus
 from cmdlab.denoising import Denoising
 from cmdlab.errors import InputError
 from cmdlab.evaluation import RankTable, retrieval_metrics
 from cmdlab.examples import write_examples
-from cmdlab.experiment import inference_cost, pick_device, run_experiment
+from cmdlab.experiment import inference_cost, open_data, pick_device, run_experiment
 from cmdlab.model import RetrievalModel, Shape
 from cmdlab.provenance import collect_provenance
 from cmdlab.records import SCHEMA, read_result, write_record
@@ -154,7 +156,38 @@ def test_an_unknown_name_is_refused_before_anything_is_done(tmp_path):
         run_experiment(tmp_path / "none", tmp_path / "run", denoising=Denoising())
     with pytest.raises(InputError, match="direction: 'text'"):
         run_experiment(tmp_path / "none", tmp_path / "run", direction="text")
+    with pytest.raises(InputError, match="steps: '300' is no int"):
+        run_experiment(tmp_path / "none", tmp_path / "run", steps="300")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_overwritten(runs, smoke_corpus):
+    before = {path: path.stat().st_mtime_ns for path in runs["cmd"].rglob("*")}
+    with pytest.raises(InputError, match="cmd: holds a finished run; choose another folder"):
+        run_experiment(smoke_corpus, runs["cmd"], device="cpu", **RECIPE, **CMD)
+    assert {path: path.stat().st_mtime_ns for path in runs["cmd"].rglob("*")} == before
+
+
+def test_bad_entries_can_be_left_out_of_a_run(smoke_corpus, tmp_path, capsys):
+    corpus = shutil.copytree(smoke_corpus, tmp_path / "corpus")
+    (corpus / "corpus.json").unlink()  # files on disk, as a downloaded corpus has them
+    captions = json.loads((corpus / "SpokenCOCO_train.json").read_text())["data"][0]["captions"]
+    missing, broken = (corpus / caption["wav"] for caption in captions[:2])
+    missing.unlink()
+    broken.write_bytes(b"no sound")
+    with pytest.raises(InputError, match="there is no file"):
+        open_data(corpus)
+    data = open_data(corpus, skip_bad=True)
+    whole = len(load_corpus(smoke_corpus, "train").captions)
+    assert len(data.train.speech) == len(data.train.corpus.captions) == whole - 2
+    told = capsys.readouterr().err
+    assert all(path.name in told for path in (missing, broken))
+
+
+def test_the_features_of_a_corpus_given_as_a_dot_lie_beside_it(smoke_corpus, monkeypatch):
+    monkeypatch.chdir(smoke_corpus)
+    open_data(Path())
+    assert not (smoke_corpus / ".features").exists()
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
@@ -162,3 +195,5 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     assert pick_device("auto") == pick_device("cpu") == "cpu"
     with pytest.raises(InputError, match="device: cuda:1 is not there"):
         pick_device("cuda:1")
+    with pytest.raises(InputError, match="device: 'gpu' is none of auto, cpu, cuda"):
+        pick_device("gpu")

@@ -1,6 +1,7 @@
 """The loss of a step, by hand and against float64, and which parameters each part of it trains."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,20 +92,57 @@ def test_a_denoiser_for_the_corrupted_side_alone(direction):
     assert denoisers[direction].mask.shape == (1, {"image": 12, "speech": 16}[direction])
 
 
+@pytest.mark.parametrize("corruption", ["swap", "mask"])
 @pytest.mark.parametrize("direction", ["image", "speech", "both"])
-def test_restoring_trains_the_speech_head_too(direction):
+def test_restoring_trains_the_speech_head_too(direction, corruption):
     model = make_model()
-    losses(model, make_batch([0, 1, 2, 3]), direction=direction).denoising.backward()
+    found = losses(
+        model, make_batch([0, 1, 2, 3]), direction=direction, corruption=corruption
+    ).denoising
+    found.backward()
     assert (model.speech_head.transformer.linear1.weight.grad != 0).any()
     assert model.speech_head.projection.weight.grad is None  # of retrieval's embedding alone
     assert model.log_scale.grad is None
 
 
-def test_the_bound_of_the_temperature_holds_in_the_loss():
+def test_the_head_reads_corrupted_speech_and_frozen_tokens_are_restored():
+    """Every token masked, and a denoiser that adds nothing to what the head made of them."""
     model, batch = make_model(), make_batch([0, 1, 2, 3])
-    values = []
-    for log_scale in (math.log(100.0), 60.0):
-        with torch.no_grad():
-            model.log_scale.fill_(log_scale)
-        values.append(losses(model, batch).contrastive.item())
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    torch.manual_seed(1)
+    denoisers = make_denoisers(
+        Denoising(direction="speech", rate=1.0, target="tokens", depth=1), SHAPE, 4
+    )
+    denoiser = denoisers["speech"]
+    with torch.no_grad():
+        denoiser.output[0].zero_()
+        denoiser.position.zero_()
+    found = training_losses(model, denoisers, batch, 1.0, torch.Generator()).denoising
+    states = batch.states.mean(1).double()  # the layers' weights are equal at first
+    masked = denoiser.mask.expand(4, 6, 16)
+    errors = []
+    for row, length in enumerate(batch.lengths.tolist()):
+        read = model.speech_head.contextualise(masked[row : row + 1], batch.lengths[row : row + 1])
+        for place in range(length):
+            target = states[row, place]
+            error = (read[0, place].double() - target).square().sum() / target.square().sum()
+            errors.append(error.item())
+    assert found.item() == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+    found.backward()
+    assert model.speech_head.layer_weights.grad is None  # or the targets could be made poorer
+
+
+def test_pictures_are_restored_to_their_frozen_patches():
+    """With a head on the patches as without one: the head reads, and is not what is restored."""
+    batch = make_batch([0, 1, 2, 3])
+    torch.manual_seed(0)
+    model = RetrievalModel(replace(SHAPE, image_head="patches"))
+    denoisers = make_denoisers(Denoising(rate=1.0, target="tokens", depth=1), SHAPE, 4)
+    denoiser = denoisers["image"]
+    with torch.no_grad():
+        denoiser.output[0].zero_()
+        denoiser.position.zero_()
+    found = training_losses(model, denoisers, batch, 1.0, torch.Generator()).denoising
+    read = model.image_head.contextualise(denoiser.mask[None])[0]
+    error = (read.double() - batch.patches.double()).square().sum(-1)
+    expected = (error / batch.patches.double().square().sum(-1)).mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)

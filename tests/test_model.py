@@ -105,11 +105,14 @@ def test_layers_are_mixed_by_the_softmax_of_their_weights(model, states):
     assert torch.allclose(model.speech_head(states, LENGTHS)[1], expected, atol=1e-6)
 
 
-def test_the_temperature_is_bounded(model):
+def test_the_temperature_is_bounded_and_can_leave_its_bound(model):
     assert model.scale.item() == pytest.approx(1 / 0.07)
     with torch.no_grad():
         model.log_scale.fill_(50.0)
-    assert model.scale.item() == 100.0
+    model.bound_scale()
+    assert model.scale.item() == pytest.approx(100.0)
+    model.scale.backward()
+    assert model.log_scale.grad.item() == pytest.approx(100.0)
 
 
 def test_another_image_head_is_refused():

@@ -161,7 +161,7 @@ def test_embeddings_do_not_depend_on_the_batches(run, validation):
 def test_a_checkpoint_of_another_run_is_refused(run, toy_features, validation, tmp_path):
     path = tmp_path / "checkpoint.pt"
     run(CMD, checkpoint=path, stop_after=5)
-    message = r"checkpoint\.pt: is of a run with other settings or another corpus; remove it"
+    message = r"checkpoint\.pt: is of a run with other settings or on other features; remove it"
     for other in (CONTRASTIVE, replace(CMD, seed=4), replace(CMD, denoising=Denoising(rate=0.5))):
         with pytest.raises(InputError, match=message):
             run(other, checkpoint=path)
@@ -203,7 +203,7 @@ def test_features_that_are_not_finite_stop_it_at_once(toy_features, validation, 
     features = toy_features(images=20)
     features.speech._tokens[0] = features.speech._tokens[0].copy()
     features.speech._tokens[0][10, 0, 3] = float("nan")
-    with pytest.raises(RuntimeError, match=r"the loss became nan at step \d: lower learning_rate"):
+    with pytest.raises(InputError, match=r"the loss became nan at step \d: lower learning_rate"):
         train(training, features, validation)
 
 
@@ -218,6 +218,15 @@ def test_features_that_are_not_finite_stop_it_at_once(toy_features, validation, 
         {"learning_rate": float("nan")},
         {"weight": -1.0},
         {"weight": float("nan")},
+        {"weight": float("inf")},
+        {"gradient_clip": -1.0},
+        {"weight_decay": -0.1},
+        {"warm_up": -1},
+        {"steps": 1.5},
+        {"steps": "12"},
+        {"seed": True},
+        {"learning_rate": "1e-2"},
+        {"denoising": {"rate": 0.3}},
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(wrong):
