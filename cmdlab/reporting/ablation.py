@@ -151,7 +151,7 @@ def _examples(study: Study, examples: Examples | None) -> Section:
         paragraph(
             "Queries of {}, seed {}, record {}. They were drawn by a fixed seed, not by hand; the "
             "failures are the queries with the worst ranks. The right image has a frame and a "
-            "tick.{}",
+            "tick. A clip is cut after four seconds; the model heard the whole caption.{}",
             run.arm,
             run.seed,
             tables.record_links([run], [run.id]),
@@ -185,8 +185,8 @@ def _limits(study: Study) -> Section:
     limits = [
         f"The results hold for {', '.join(corpora)}, the frozen encoders named under Provenance "
         "and heads of this size; they do not carry over by themselves to others.",
-        "Intervals cover other seeds and other images of the same kind. They do not cover other "
-        "hyperparameters than those listed.",
+        "Intervals cover other seeds and other images of the same kind, but for those of fine "
+        "alignment. They do not cover other hyperparameters than those listed.",
         "Figures of the paper are not compared with these, since its sizes, schedule and code are "
         "not public.",
         "A word's map shows which patches it fits in the shared space, not why an image ranks as "
@@ -223,7 +223,7 @@ def _provenance(study: Study) -> Section:
     started = sorted(run.record["provenance"]["started"] for run in study.runs)
     text = paragraph(
         "The finished runs took {} together; the first started at {}, the last at {}. Every number "
-        "of this page comes from the records listed below, and each table's rows name theirs.",
+        "of this page comes from the records listed below, and the rows of results name theirs.",
         duration(seconds),
         started[0],
         started[-1],

@@ -96,8 +96,8 @@ def _found(study: Study, comparisons: Sequence[ArmComparison]) -> list[Markup]:
         judged = "It is separated from zero."
         if not best.separated:
             judged = (
-                "It is not separated from zero; a true difference of "
-                f"{number(result.detectable)} points would have been found in 80 % of the cases."
+                "It is not separated from zero; tested alone, a true difference of "
+                f"{number(result.detectable)} points would be found in about 80 % of the cases."
             )
         sentences.append(
             Markup(
@@ -148,8 +148,8 @@ def _failed(study: Study, comparisons: Sequence[ArmComparison]) -> list[Markup]:
         ends = dict.fromkeys([number(min(sizes)), number(max(sizes))])
         sentences.append(
             Markup(
-                "The difference is not separated from zero for {}; this design could have detected "
-                "{} points."
+                "The difference is not separated from zero for {}; tested alone, {} points would "
+                "be found in about 80 % of the cases."
             ).format(_arms([one.arm for one in undecided]), " to ".join(ends))
         )
     if untold:

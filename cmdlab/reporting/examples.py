@@ -80,7 +80,12 @@ def queries_html(study: Study, examples: Examples, queries: list[dict[str, Any]]
             page.render(
                 query=query,
                 baseline=study.baseline,
-                baseline_rank=examples.baseline_ranks.get(query["caption_id"]),
+                # Of failures it is known only where the baseline fails too, which would flatter.
+                baseline_rank=(
+                    examples.baseline_ranks.get(query["caption_id"])
+                    if query["kind"] == "random"
+                    else None
+                ),
             )
         )
         for query in queries
@@ -97,7 +102,8 @@ def map_blocks(examples: Examples) -> list[Markup | Figure]:
     for index, query in enumerate(with_maps[:MOST_MAPS]):
         svg = word_maps_svg(f"map-{index}", query["words"], query["maps"], query["photo"])
         caption = Markup(
-            "“{}” (caption {}, rank {}). Bright: patches that the word fits. Cross: the best one."
+            "“{}” (caption {}, rank {}). Bright: patches that the word fits. Cross: the best one. "
+            "Each word has a scale of its own."
         )
         caption = caption.format(query["text"], query["caption_id"], f"{query['rank']:,}")
         blocks.append(Figure(f"map-figure-{index}", caption, [svg], wide=True))

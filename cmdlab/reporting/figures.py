@@ -89,10 +89,15 @@ def curves_figure(study: Study) -> Figure:
         panel.labels(arm_label(study, arm), "step", "validation mean R@1, %")
         last = f"the mean over {len(ones)} seeds ends at {number(ys[-1])} %" if ys else "no points"
         panels.append(panel.svg(f"Learning curve of {arm}", f"Validation mean R@1: {last}."))
+    galleries = dict.fromkeys(
+        f"{run.record['metrics']['validation']['speech_to_image']['gallery']:,}"
+        for run in study.runs
+    )
     return Figure(
         "curves-figure",
         "Mean R@1 on the validation set during training, in percent. Faint: each seed. Bold: their "
-        f"mean. Dashed: the mean of {study.baseline}.",
+        f"mean. Dashed: the mean of {study.baseline}. The validation set has a gallery of "
+        f"{' or '.join(galleries)} images, so it is not to be compared with the test set.",
         panels,
     )
 
@@ -146,6 +151,7 @@ def word_maps_svg(
     axes.set_axis_off()
     end = max(word["end"] for word in words)
     span = width - left - gap
+    best: list[str] = []
     axes.text(0, 34, "spoken at", color=MUTED, fontsize=11, va="center")
     axes.text(0, 122, "fits" if photo is None else "", color=MUTED, fontsize=11, va="center")
     if photo is not None:
@@ -161,6 +167,7 @@ def word_maps_svg(
         grid = np.asarray(values, dtype=float).reshape(maps["rows"], maps["columns"])
         axes.imshow(grid, extent=(x, x + side, 84 + side, 84), cmap="cividis", interpolation="none")
         row, column = np.unravel_index(int(grid.argmax()), grid.shape)
+        best.append(f"{word['word']} {row + 1}, {column + 1}")
         centre_x = x + (column + 0.5) * side / maps["columns"]
         centre_y = 84 + (row + 0.5) * side / maps["rows"]
         axes.plot(centre_x, centre_y, "x", color="#000000", markersize=7, markeredgewidth=1.6)
@@ -175,7 +182,10 @@ def word_maps_svg(
     axes.set_ylim(196, 0)
     axes.set_aspect("auto")
     spoken = " ".join(str(word["word"]) for word in words)
-    return panel.svg(f"Which patches the words “{spoken}” fit", "One map of image patches a word.")
+    return panel.svg(
+        f"Which patches the words “{spoken}” fit",
+        f"The patch that each word fits best, by row and column: {'; '.join(best)}.",
+    )
 
 
 def _forest(

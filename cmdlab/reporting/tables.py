@@ -94,9 +94,9 @@ def comparison_table(study: Study, comparisons: Sequence[ArmComparison]) -> Tabl
         rows,
         "p (Holm) is adjusted for all comparisons of the same kind, planned or exploratory, and "
         "decides at 5 % whether a difference is separated from zero. Intervals are not adjusted. "
-        "Detectable: the smallest true difference that this design would find at 5 % in 80 % of "
-        "the cases. Each seed's difference leads to the arm's record; the baseline's are in the "
-        "table of results.",
+        "Detectable: the smallest true difference that would be found at 5 % in about 80 % of the "
+        "cases if it were tested alone, before Holm's correction. Each seed's difference leads to "
+        "the arm's record; the baseline's are in the table of results.",
     )
 
 
@@ -217,7 +217,8 @@ def alignment_table(study: Study) -> Table:
         ],
         rows,
         "Every seed answers the same words and pairs, so the interval is that of one seed's number "
-        "of them, about the mean over the seeds. A tie is not counted as a win.",
+        "of them, about the mean over the seeds. It covers neither other seeds nor that the words "
+        "of a caption go together. A tie is not counted as a win.",
     )
 
 

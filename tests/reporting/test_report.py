@@ -164,7 +164,7 @@ def test_the_claim_names_what_got_worse_and_what_was_lost(page):
     [
         (0.6, "It is separated from zero.", "above"),
         (-0.6, "became worse with cmd-image", "below"),
-        (0.0, "points would have been found in 80 % of the cases", "not separated"),
+        (0.0, "points would be found in about 80 % of the cases", "not separated"),
     ],
 )
 def test_the_claim_follows_the_sign_of_what_was_found(make_study, tmp_path, effect, words, verdict):
