@@ -1,10 +1,15 @@
 """Cross-Modal Denoising (Zhou et al. 2024): a task beside contrastive training, never at retrieval.
 
-Some of a frozen encoder's tokens of one modality are corrupted and read by that modality's trained
-head; the `Denoiser` restores them by attending to the clean tokens of the other modality. What is
-restored is frozen, so it cannot be made easier by making it poorer. Only the corrupted places are
-restored. Which modality is corrupted, how and how much, what is to be restored and how the
-restoration is judged, are the study's axes.
+Some tokens of one modality are corrupted as the frozen encoder gave them, and read by that
+modality's trained head where it has one; the `Denoiser` restores them by attending to the clean
+tokens of the other modality. The target takes no gradient and is of the frozen encoder's tokens, so
+it cannot be made easier by making the head's tokens poorer. Only the corrupted places are restored.
+Which modality is corrupted, how and how much, what is to be restored and how the restoration is
+judged, are the study's axes.
+
+A mask token tells nothing of what it hides. Where no head reads the tokens around it, as with the
+global image head, it is restored from the other modality alone; under the pooled target that is to
+tell the picture's mean patch from speech, and the rate is but the number of times it is asked.
 """
 
 from collections.abc import Callable
@@ -42,7 +47,7 @@ class Denoising:
     one it stays. rate: the fraction of an item's tokens. target: the clean "tokens" at those
     places, or the item's mean token ("pooled"). depth: the number of cross-attentions. context: the
     tokens attended to are those of the item's "own" other side or, as a control that leaves all
-    but the pairing as it is, of the batch's next item ("other").
+    but the pairing as it is, of the batch's row before it ("other").
     """
 
     direction: str = "image"
@@ -162,7 +167,7 @@ class Denoiser(nn.Module):
         return info_nce(
             nn.functional.normalize(restored[chosen], dim=-1),
             nn.functional.normalize(target[target_index[chosen]], dim=-1),
-            self._target_id(item_id, corrupted)[chosen],
+            self._target_id(item_id, corrupted, tokens.shape[1])[chosen],
             restored.new_tensor(10.0),
         )
 
@@ -178,9 +183,9 @@ class Denoiser(nn.Module):
         total = clean.masked_fill(~valid[..., None], 0).sum(1)
         return total / lengths.clamp(min=1)[:, None], to.item
 
-    def _target_id(self, item_id: Tensor, to: Corruption) -> Tensor:
+    def _target_id(self, item_id: Tensor, to: Corruption, longest: int) -> Tensor:
         """For each corrupted place the id of its target; equal targets of one item have one id."""
-        places = int(to.place.max()) + 1 if self.settings.target == "tokens" else 1
+        places = longest if self.settings.target == "tokens" else 1
         return item_id[to.item] * places + to.place % places
 
 

@@ -3,6 +3,7 @@
 The notebook `train.ipynb` and `cmdlab train` both walk through these steps.
 """
 
+import os
 import re
 import statistics
 import sys
@@ -63,7 +64,7 @@ def open_data(
     every file to find them.
     Raises InputError for a corpus that cannot be read.
     """
-    folder = features or Path(f"{corpus.resolve()}.features")
+    folder = features or Path(f"{os.path.abspath(corpus)}.features")
     hearing = hearing or Hearing()
     corpora = [load_corpus(corpus, split, skip_bad=skip_bad) for split in SPLITS]
     if skip_bad:
@@ -72,6 +73,8 @@ def open_data(
             print(f"left out: {corpus}: {problem}", file=sys.stderr)
     test = corpora[-1]
     truth, foils = read_ground_truth(test), read_foils(test)
+    if foils and skip_bad:
+        foils = foils.keep(leave_out_unreadable(foils.corpus))
     wanted = [(split, encoder) for split in corpora for encoder in (SPEECH, IMAGE)]
     wanted += [(test, TEXT)] if truth else []
     wanted += [(foils.corpus, SPEECH)] if foils else []
@@ -139,8 +142,9 @@ def pick_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise InputError(f"device: {device!r} is none of auto, cpu, cuda, cuda:1")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device: {device} is not there; use cpu")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.startswith("cuda") and int(device[5:] or 0) >= there:
+        raise InputError(f"device: {device} is not there; of {there} GPUs none has that number")
     return device
 
 

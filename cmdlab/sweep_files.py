@@ -207,13 +207,18 @@ def _corpus_hash(file: Path, corpus: Any, skip_bad: bool) -> str | None:
     """The content hash of the corpus that the parameter `corpus` names; None without one."""
     if not isinstance(corpus, str):
         return None
-    from cmdlab.corpora.corpus import load_corpus, read_identity
+    from cmdlab.corpora.check import leave_out_unreadable
+    from cmdlab.corpora.corpus import SPLITS, load_corpus, read_identity
     from cmdlab.corpora.untrusted import UntrustedFolder
 
     if not Path(corpus).is_dir():
         raise InputError(
             f"{file}: corpus {corpus!r} is no folder; make it with `cmdlab corpus make {corpus}`"
         )
+    if skip_bad:  # what is left depends on every file
+        splits = [load_corpus(Path(corpus), split, skip_bad=True) for split in SPLITS]
+        left = [leave_out_unreadable(split, progress=True).content_hash for split in splits]
+        return hashlib.sha256("".join(left).encode()).hexdigest()
     if Path(corpus, "corpus.json").exists():
-        return read_identity(UntrustedFolder(Path(corpus), skip_bad=skip_bad))[1]
-    return load_corpus(Path(corpus), "test", skip_bad=skip_bad).content_hash
+        return read_identity(UntrustedFolder(Path(corpus), skip_bad=False))[1]
+    return load_corpus(Path(corpus), "test").content_hash

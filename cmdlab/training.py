@@ -89,6 +89,8 @@ def train(
         train_features.image.embeddings.shape[1],
         image_head=training.image_head,
     )
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(training.seed)
     model = RetrievalModel(shape).to(device)
     patches = int(train_features.image.lengths.max())

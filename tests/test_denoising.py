@@ -258,10 +258,11 @@ def test_equal_targets_are_not_each_others_negatives(target):
     assert values[0] < values[1]
 
 
-def test_another_items_context_is_the_next_ones():
+def test_another_items_context_is_the_previous_rows():
     tokens, context = batch()
     own, other = (make_denoiser(corruption="mask", context=name) for name in CHOICES["context"])
-    shifted = own(tokens, LENGTHS, context.roll(1, 0), CONTEXT_LENGTHS.roll(1), IDS, generator())
+    before = torch.tensor([3, 0, 1, 2])
+    shifted = own(tokens, LENGTHS, context[before], CONTEXT_LENGTHS[before], IDS, generator())
     found = other(tokens, LENGTHS, context, CONTEXT_LENGTHS, IDS, generator())
     assert torch.equal(found, shifted)
     assert found != own(tokens, LENGTHS, context, CONTEXT_LENGTHS, IDS, generator())

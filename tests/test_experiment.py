@@ -168,18 +168,21 @@ def test_a_finished_run_is_not_overwritten(runs, smoke_corpus):
     assert {path: path.stat().st_mtime_ns for path in runs["cmd"].rglob("*")} == before
 
 
-def test_bad_entries_can_be_left_out_of_a_run(smoke_corpus, tmp_path, capsys):
+def test_bad_entries_can_be_left_out_of_a_run(smoke_corpus, smoke_data, tmp_path, capsys):
     corpus = shutil.copytree(smoke_corpus, tmp_path / "corpus")
     (corpus / "corpus.json").unlink()  # files on disk, as a downloaded corpus has them
     captions = json.loads((corpus / "SpokenCOCO_train.json").read_text())["data"][0]["captions"]
     missing, broken = (corpus / caption["wav"] for caption in captions[:2])
     missing.unlink()
     broken.write_bytes(b"no sound")
+    foils = (corpus / "ground_truth" / "test_foils.jsonl").read_text().splitlines()
+    (corpus / json.loads(foils[0])["wav"]).write_bytes(b"no sound")
     with pytest.raises(InputError, match="there is no file"):
         open_data(corpus)
     data = open_data(corpus, skip_bad=True)
     whole = len(load_corpus(smoke_corpus, "train").captions)
     assert len(data.train.speech) == len(data.train.corpus.captions) == whole - 2
+    assert len(data.foils) == len(data.caption_of_foil) == len(smoke_data.foils) - 1
     told = capsys.readouterr().err
     assert all(path.name in told for path in (missing, broken))
 

@@ -11,6 +11,7 @@ from cmdlab.denoising import Denoising
 from cmdlab.encoders.store import Features
 from cmdlab.errors import InputError
 from cmdlab.experiment import inference_cost
+from cmdlab.model import RetrievalModel
 from cmdlab.training import Trained, Training, embed, make_batch, train
 
 CONTRASTIVE = Training(
@@ -232,6 +233,12 @@ def test_features_that_are_not_finite_stop_it_at_once(toy_features, validation, 
 def test_a_recipe_that_cannot_be_is_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         replace(CONTRASTIVE, **wrong)
+
+
+def test_the_temperature_stays_above_its_bound(run, monkeypatch):
+    monkeypatch.setattr(RetrievalModel, "MAX_SCALE", 10.0)  # the first one is 14.3
+    temperatures = [point["temperature"] for point in run(CONTRASTIVE).curve]
+    assert min(temperatures) == pytest.approx(0.1)
 
 
 def test_a_recipe_is_plain_data():

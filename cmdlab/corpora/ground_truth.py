@@ -117,6 +117,12 @@ class Foils:
     corpus: Corpus
     of: list[str]
 
+    def keep(self, corpus: Corpus) -> "Foils":
+        """Only the foils that are in `corpus`, a part of this one."""
+        kept = {caption.id for caption in corpus.captions}
+        pairs = zip(self.corpus.captions, self.of, strict=True)
+        return Foils(corpus, [of for caption, of in pairs if caption.id in kept])
+
 
 def read_foils(corpus: Corpus) -> Foils | None:
     """The spoken foils of a corpus' captions, or None for a corpus or split that has none.

@@ -218,7 +218,9 @@ def padded_rows(item: Tensor, b: int) -> tuple[Tensor, int]:
     queries = torch.bincount(item, minlength=b)
     longest = int(queries.max()) if b > 0 else 0
     spare = longest * torch.arange(b, device=item.device) - (queries.cumsum(0) - queries)
-    return item.argsort(stable=True).argsort() + spare[item], longest  # `item` in any order
+    order = item.argsort(stable=True)  # `item` may be in any order
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(item), device=item.device))
+    return rank + spare[item], longest
 
 
 def padded_heads(x: Tensor, row: Tensor, sizes: tuple[int, int, int]) -> Tensor:
@@ -242,7 +244,9 @@ def padded_attention_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of q [P, W] and key_value [B, K, 2W]; computes the weights again."""
     (b, k, _), (row, longest) = key_value.shape, padded_rows(item, key_value.shape[0])
-    q, grad = (padded_heads(x, row, (b, longest, heads)) for x in (q, grad))
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)  # half overflows on the way
+    key_value = key_value.to(wide)
+    q, grad = (padded_heads(x.to(wide), row, (b, longest, heads)) for x in (q, grad))
     keys, values = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in key_value.chunk(2, -1))
     outside = (torch.arange(k, device=q.device) >= lengths[:, None])[:, None, None]
     scale = q.shape[-1] ** -0.5
@@ -252,7 +256,7 @@ def padded_attention_bwd(
     grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
     grad_q = (grad_scores @ keys).transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, row)
     grad_key_value = torch.cat([grad_scores.mT @ q, weights.mT @ grad], 1)  # [B, 2H, K, d]
-    return grad_q, grad_key_value.transpose(1, 2).flatten(2).contiguous()
+    return grad_q.to(dtype), grad_key_value.transpose(1, 2).flatten(2).contiguous().to(dtype)
 
 
 @padded_attention_fwd.register_fake

@@ -119,10 +119,10 @@ def untrusted_fwd_kernel(
         tl.store(lse_ptr + rows, lse, mask=untrusted & (rows < N))
 
 
-@triton.jit(do_not_specialize=["N", "width", "first_column"])
+@triton.jit(do_not_specialize=["N", "first_column"])
 def weights_bwd_kernel(
     speech_ptr, image_ptr, group_ptr, scale_ptr, row_lse_ptr, column_lse_ptr,
-    weight_ptr,  # [N, width]
+    weight_ptr,  # [N, width], width a multiple of 16 so that rows are stored in words
     first_column, width, N, D,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -195,15 +195,16 @@ def info_nce_bwd(
     with torch.cuda.device_of(speech):
         for first in range(0, n, COLUMNS_AT_ONCE):
             chunk = image[first : first + COLUMNS_AT_ONCE]
-            weight = speech.new_empty(n, len(chunk))
+            weight = speech.new_empty(n, triton.cdiv(len(chunk), 16) * 16)
             grid = (
                 triton.cdiv(len(chunk), options["BLOCK_M"]),
                 triton.cdiv(n, options["BLOCK_N"]),
             )
             weights_bwd_kernel[grid](
                 speech, image, group, scale.float(), row_lse, column_lse,
-                weight, first, len(chunk), n, d, **options,
+                weight, first, weight.shape[1], n, d, **options,
             )  # fmt: skip
+            weight = weight[:, : len(chunk)]
             d_speech += product(weight, chunk)
             d_image[first : first + COLUMNS_AT_ONCE] = product(weight.T, speech) * factor
     d_scale = (d_speech * speech).sum() * (grad / (2 * n))

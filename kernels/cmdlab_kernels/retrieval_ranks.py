@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CAPTIONS_AT_ONCE = 2**14  # each may have many positives
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def retrieval_ranks(
     The score of a pair is the float64 dot product of the two rows, its products added in the order
     of the dimensions. It depends on the two rows alone, so every `impl` gives the same counts, for
     any tile size and any order of the gallery. Positives (pairs of equal id, any number a row) are
-    left out by id, and a row's threshold is the score of its best one. Counting has no derivative:
-    the result does not require grad.
+    left out by id, and a row's threshold is the score of its best one; every positive is scored
+    by itself, so where ids are few and positives many they take most of the time. Counting has no
+    derivative: the result does not require grad.
 
     Args:
         speech: [N, D] float16, bfloat16, float32 or float64, one row a caption.
@@ -101,7 +103,7 @@ def retrieval_ranks(
             speech, image, *ids, _chosen(impl, speech), group is None
         )
 
-    speech_threshold, image_threshold = _on_all_ranks(group, speech, thresholds)
+    speech_threshold, image_threshold = _on_all_ranks(group, speech, speech_image_id, thresholds)
     if group is not None:
         torch.distributed.all_reduce(speech_threshold, torch.distributed.ReduceOp.MAX, group)
         if bool(speech_threshold.isneginf().any()):
@@ -112,7 +114,7 @@ def retrieval_ranks(
             speech, image, *ids, speech_threshold, image_threshold, _chosen(impl, speech)
         )
 
-    *counts, path_code = _on_all_ranks(group, speech, count)
+    *counts, path_code = _on_all_ranks(group, speech, speech_image_id, count)
     if group is not None:
         summed = torch.stack(counts[:2])
         torch.distributed.all_reduce(summed, torch.distributed.ReduceOp.SUM, group)
@@ -128,7 +130,9 @@ def _chosen(impl: str, speech: Tensor) -> str:
     return "cpu" if speech.device.type == "cpu" else "reference"
 
 
-def _on_all_ranks(group: ProcessGroup | None, speech: Tensor, function: Callable[[], Any]) -> Any:
+def _on_all_ranks(
+    group: ProcessGroup | None, speech: Tensor, speech_image_id: Tensor, function: Callable[[], Any]
+) -> Any:
     """What `function` returns; where it raises on one rank of a group, all ranks raise.
 
     Otherwise the others would wait for that rank for ever.
@@ -140,14 +144,20 @@ def _on_all_ranks(group: ProcessGroup | None, speech: Tensor, function: Callable
         result = function()
     except Exception as raised:
         error = raised
-    flags = torch.tensor([error is not None, speech.numel(), -speech.numel()], device=speech.device)
+    same = torch.zeros(4, dtype=torch.int64, device=speech.device)  # what all ranks must agree on
+    if error is None:
+        same[:3] = same.new_tensor([*speech.shape, DTYPES.index(speech.dtype)])
+        place = torch.arange(1, len(speech) + 1, device=speech.device)
+        same[3] = (
+            speech_image_id * place
+        ).sum() >> 1  # a checksum, and its negative is no overflow
+    flags = torch.cat([same.new_tensor([error is not None]), same, -same])
     torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group)
-    failed, most, least = flags.tolist()
     if error is not None:
         raise error
-    if failed:
+    if bool(flags[0]):
         raise ValueError("another rank of the group failed, its own error says why")
-    if most != -least:
+    if bool((flags[1:5] != -flags[5:]).any()):
         raise ValueError("the ranks of the group must all pass the same captions")
     return result
 
@@ -207,17 +217,19 @@ def retrieval_thresholds(
     largest = largest_entry(speech) * largest_entry(image) * speech.shape[1]
     if not bool(largest.isfinite()):  # NaN and infinite entries also end here
         raise ValueError("speech and image must be finite, and so must their dot products")
-    row, column = positive_pairs(speech_image_id, image_id)
+    scores_of = pair_scores
     if impl == "triton":
         from cmdlab_kernels import retrieval_ranks_triton  # Triton is installed on Linux only
 
-        scores = retrieval_ranks_triton.pair_scores(speech, image, row, column)
-    else:
-        scores = pair_scores(speech, image, row, column)
+        scores_of = retrieval_ranks_triton.pair_scores
     best = torch.full_like(speech_image_id, -torch.inf, dtype=torch.float64)
     best_of_image = torch.full_like(image_id, -torch.inf, dtype=torch.float64)
-    best.scatter_reduce_(0, row, scores, "amax")
-    best_of_image.scatter_reduce_(0, column, scores, "amax")
+    for first in range(0, len(speech), CAPTIONS_AT_ONCE):
+        rows = slice(first, first + CAPTIONS_AT_ONCE)
+        row, column = positive_pairs(speech_image_id[rows], image_id)
+        scores = scores_of(speech[rows], image, row, column)
+        best[rows].scatter_reduce_(0, row, scores, "amax")
+        best_of_image.scatter_reduce_(0, column, scores, "amax")
     alone = torch.cat([best.isneginf() & whole_gallery, best_of_image.isneginf()]).nonzero()
     if len(alone) > 0:
         index, n = int(alone[0]), len(speech)

@@ -185,12 +185,14 @@ def recheck_fwd_kernel(
 def pair_scores(speech: Tensor, image: Tensor, speech_index: Tensor, image_index: Tensor) -> Tensor:
     """The defined score float64 [P] of the pairs (speech_index [P], image_index [P])."""
     scores = torch.empty(len(speech_index), dtype=torch.float64, device=speech.device)
+    index = speech_index.contiguous(), image_index.contiguous()
     if len(scores) > 0:
-        pairs_fwd_kernel[(triton.cdiv(len(scores), PAIRS["BLOCK_P"]),)](
-            *(speech.contiguous(), image.contiguous(), speech_index, image_index, scores),
-            *(len(scores), speech.shape[1]),
-            **PAIRS,
-        )
+        with torch.cuda.device_of(speech):
+            pairs_fwd_kernel[(triton.cdiv(len(scores), PAIRS["BLOCK_P"]),)](
+                *(speech.contiguous(), image.contiguous(), *index, scores),
+                *(len(scores), speech.shape[1]),
+                **PAIRS,
+            )
     return scores
 
 
@@ -215,7 +217,8 @@ def count_certified(
     arguments = speech, image, *places, speech_threshold, image_threshold
     tried = precisions(speech.dtype, speech.shape[1]) if ordinary(speech, image) else ()
     for precision in tried:
-        counts = _count(precision, *arguments)
+        with torch.cuda.device_of(speech):
+            counts = _count(precision, *arguments)
         if counts is not None:
             return counts
     return count_exact(*arguments, pair_scores)

@@ -9,6 +9,8 @@ from cmdlab_kernels.denoising_attention import (
     Projections,
     cross_attention,
     denoising_attention,
+    padded_attention,
+    reference_attention,
     restoration_loss,
 )
 from hypothesis import given, settings
@@ -210,6 +212,28 @@ def test_padded_operator_registration():
     with torch.no_grad():
         backward = torch.ops.cmdlab_kernels.padded_attention_bwd
         torch.library.opcheck(backward, (query.detach().clone(), *arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_padded_operator_is_as_good_as_torch_in_half_precision(dtype):
+    """Its gradients, with a gradient as large as a loss scale makes them."""
+    generator = torch.Generator().manual_seed(0)
+    item, lengths = torch.arange(3).repeat_interleave(8), torch.tensor([50, 20, 1])
+    q, grad = torch.randn(2, 24, 64, generator=generator)
+    key_value = 2 * torch.randn(3, 50, 128, generator=generator)
+    given = [x.to(dtype) for x in (q, key_value, 2000 * grad)]
+
+    def gradients(function, dtype):
+        q, key_value, grad = (x.to(dtype) for x in given)
+        leaves = [q.requires_grad_(), key_value.requires_grad_()]
+        return torch.autograd.grad(function(q, item, key_value, lengths, 1), leaves, grad)
+
+    expected = gradients(reference_attention, torch.float64)
+    eager = gradients(padded_attention, dtype)
+    found = gradients(torch.ops.cmdlab_kernels.padded_attention_fwd, dtype)
+    for f, e, x in zip(found, eager, expected, strict=True):
+        error, its = ((one.double() - x).square().mean().sqrt() for one in (f, e))
+        assert error <= 1.5 * its + 1e-3 * x.square().mean().sqrt()
 
 
 @pytest.mark.parametrize(

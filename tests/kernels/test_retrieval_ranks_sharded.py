@@ -97,8 +97,24 @@ def test_one_bad_shard_raises_on_every_rank(tmp_path, spoil):
     assert all("another rank of the group failed" in other for other in others)
 
 
-def test_ranks_that_pass_different_captions_are_refused(tmp_path):
-    speech, image, speech_image_id, image_id = embeddings()
-    fewer = speech[:-1], image, speech_image_id[:-1], image_id
-    for message in run(2, tmp_path, [embeddings(), fewer]):
+def fewer(speech, image, speech_image_id, image_id):
+    return speech[:-1], image, speech_image_id[:-1], image_id
+
+
+def narrower(speech, image, speech_image_id, image_id):
+    """As many numbers in all, but twice the captions of half the width."""
+    return speech.view(120, 3), image[:, :3], speech_image_id.repeat(2), image_id
+
+
+def other_dtype(speech, image, speech_image_id, image_id):
+    return speech.bfloat16(), image.bfloat16(), speech_image_id, image_id
+
+
+def other_order(speech, image, speech_image_id, image_id):
+    return speech, image, speech_image_id.flip(0), image_id
+
+
+@pytest.mark.parametrize("change", [fewer, narrower, other_dtype, other_order])
+def test_ranks_that_pass_different_captions_are_refused(tmp_path, change):
+    for message in run(2, tmp_path, [embeddings(), change(*embeddings())]):
         assert "the same captions" in message

@@ -59,6 +59,19 @@ def test_triton_pair_scores_are_the_defined_ones(triton_device):
     )
     scores = retrieval_ranks_triton.pair_scores(speech, image, row, column)
     assert torch.equal(scores, tile_scores(speech, image)[row, column])
+    pairs = torch.stack([row, column], 1)  # so that either index lies in steps
+    assert torch.equal(
+        retrieval_ranks_triton.pair_scores(speech, image, pairs[:, 0], pairs[:, 1]), scores
+    )
+
+
+def test_triton_exact_path_with_few_doubts(triton_device, monkeypatch):
+    from cmdlab_kernels import retrieval_ranks_triton
+
+    monkeypatch.setattr(retrieval_ranks_triton, "precisions", lambda *_: ())
+    speech, image, *ids = trained(130, 127, 33, torch.float32)
+    image[7] = image[8]  # ties are in doubt
+    assert_equal_to_reference((speech, image, *ids), triton_device, "exact")
 
 
 def test_triton_several_views_of_an_image(triton_device):
