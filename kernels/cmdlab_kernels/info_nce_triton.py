@@ -128,7 +128,8 @@ def weights_bwd_kernel(
 ):  # fmt: skip
     """Write the row plus column softmax, less 2 on the diagonal, for columns from first_column."""
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = first_column + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = first_column + place
     scores = score_tile(speech_ptr, image_ptr, rows, columns, N, D, BLOCK_N, BLOCK_M, BLOCK_D)
     row_lse = tl.load(row_lse_ptr + rows, mask=rows < N, other=0.0) * 1.4426950408889634
     column_lse = tl.load(column_lse_ptr + columns, mask=columns < N, other=0.0)
@@ -137,7 +138,6 @@ def weights_bwd_kernel(
     weight = tl.exp2(logits - row_lse[:, None]) + tl.exp2(logits - column_lse[None, :])
     weight = tl.where(denominators(group_ptr, rows, columns, N), weight, 0.0)
     weight -= tl.where(rows[:, None] == columns[None, :], 2.0, 0.0)
-    place = columns - first_column
     pointer = weight_ptr + rows.to(tl.int64)[:, None] * width + place[None, :]
     mask = (rows < N)[:, None] & (place < width)[None, :]
     tl.store(pointer, weight.to(weight_ptr.dtype.element_ty), mask=mask)
