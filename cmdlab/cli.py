@@ -81,11 +81,7 @@ def _sweep(chosen: Namespace) -> None:
 
     done = run_sweep(chosen.file, runs=chosen.runs, workers=chosen.workers, smoke=chosen.smoke)
     print(f"{done.listing}: {done.done} run, {done.resumed} kept from before, {done.failed} failed")
-    if done.failed:
-        raise InputError(
-            f"{done.listing}: {done.failed} runs failed; see record.json in their folders, mend "
-            "the cause, and give the same command again"
-        )
+    done.refuse_failures()
 
 
 def _report(chosen: Namespace) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cmdlab.alignment import foil_test, pointing_game
-from cmdlab.corpora.check import leave_out_unreadable
+from cmdlab.corpora.check import leave_out_unreadable, load_usable
 from cmdlab.corpora.corpus import SPLITS, Corpus, load_corpus
 from cmdlab.corpora.ground_truth import (
     GroundTruth,
@@ -66,11 +66,10 @@ def open_data(
     """
     folder = features or Path(f"{os.path.abspath(corpus)}.features")
     hearing = hearing or Hearing()
-    corpora = [load_corpus(corpus, split, skip_bad=skip_bad) for split in SPLITS]
-    if skip_bad:
-        corpora = [leave_out_unreadable(split, progress=True) for split in corpora]
-        for problem in dict.fromkeys(problem for split in corpora for problem in split.left_out):
-            print(f"left out: {corpus}: {problem}", file=sys.stderr)
+    load = load_usable if skip_bad else load_corpus
+    corpora = [load(corpus, split) for split in SPLITS]
+    for problem in dict.fromkeys(problem for split in corpora for problem in split.left_out):
+        print(f"left out: {corpus}: {problem}", file=sys.stderr)
     test = corpora[-1]
     truth, foils = read_ground_truth(test), read_foils(test)
     if foils and skip_bad:
@@ -144,7 +143,7 @@ def pick_device(device: str) -> str:
         raise InputError(f"device: {device!r} is none of auto, cpu, cuda, cuda:1")
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.startswith("cuda") and int(device[5:] or 0) >= there:
-        raise InputError(f"device: {device} is not there; of {there} GPUs none has that number")
+        raise InputError(f"device: {device} is not there (GPUs: {there}); use cpu")
     return device
 
 

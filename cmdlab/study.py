@@ -49,11 +49,7 @@ def run_study(folder: Path, *, smoke: bool = False) -> Path:
             "the cause, and give the same command again"
         ) from error
     print(report)
-    if summary.failed:
-        raise InputError(
-            f"{summary.listing}: {summary.failed} runs failed; see record.json in their folders, "
-            "mend the cause, and give the same command again"
-        )
+    summary.refuse_failures()
     return report
 
 

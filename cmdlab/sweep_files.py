@@ -207,7 +207,7 @@ def _corpus_hash(file: Path, corpus: Any, skip_bad: bool) -> str | None:
     """The content hash of the corpus that the parameter `corpus` names; None without one."""
     if not isinstance(corpus, str):
         return None
-    from cmdlab.corpora.check import leave_out_unreadable
+    from cmdlab.corpora.check import load_usable
     from cmdlab.corpora.corpus import SPLITS, load_corpus, read_identity
     from cmdlab.corpora.untrusted import UntrustedFolder
 
@@ -216,8 +216,7 @@ def _corpus_hash(file: Path, corpus: Any, skip_bad: bool) -> str | None:
             f"{file}: corpus {corpus!r} is no folder; make it with `cmdlab corpus make {corpus}`"
         )
     if skip_bad:  # what is left depends on every file
-        splits = [load_corpus(Path(corpus), split, skip_bad=True) for split in SPLITS]
-        left = [leave_out_unreadable(split, progress=True).content_hash for split in splits]
+        left = [load_usable(Path(corpus), split).content_hash for split in SPLITS]
         return hashlib.sha256("".join(left).encode()).hexdigest()
     if Path(corpus, "corpus.json").exists():
         return read_identity(UntrustedFolder(Path(corpus), skip_bad=False))[1]

@@ -49,6 +49,14 @@ class SweepSummary:
     resumed: int
     failed: int
 
+    def refuse_failures(self) -> None:
+        """Raises InputError, with the remedy, where any cell failed."""
+        if self.failed:
+            raise InputError(
+                f"{self.listing}: {self.failed} runs failed; see record.json in their folders, "
+                "mend the cause, and give the same command again"
+            )
+
 
 class Engine(Protocol):
     """Where cells run. `submit` calls `run_cell` in some process; `stop` ends what is running."""

@@ -15,6 +15,7 @@ from cmdlab.corpora.corpus import (
     Caption,
     Corpus,
     Image,
+    Split,
     content_hash,
     in_slices,
     leave_out,
@@ -99,6 +100,14 @@ def check_corpus(
     if mismatch and not (skip_bad and bad):  # bad files explain another hash
         faults[mismatch + (", or pass --skip-bad" if bad else "")] = None
     return CorpusCheck(root, name, counts, tuple(bad), tuple(faults), skip_bad)
+
+
+def load_usable(root: Path, split: Split) -> Corpus:
+    """The corpus without any entry that cannot be used; decodes every file, with a progress bar.
+
+    Raises InputError when nothing is left.
+    """
+    return leave_out_unreadable(load_corpus(root, split, skip_bad=True), progress=True)
 
 
 def leave_out_unreadable(

@@ -68,6 +68,8 @@ def read_examples(study: Study) -> Examples | None:
         for other in others
         if other.id != run.id and (other.folder / "examples.json").is_file()
         for query in _read_queries(other.folder)
+        # Of failures it is known only where the baseline fails too, which would flatter.
+        if query["kind"] == "random"
     }
     return Examples(run, shown["random"], shown["failure"], left_out, ranks)
 
@@ -80,12 +82,7 @@ def queries_html(study: Study, examples: Examples, queries: list[dict[str, Any]]
             page.render(
                 query=query,
                 baseline=study.baseline,
-                # Of failures it is known only where the baseline fails too, which would flatter.
-                baseline_rank=(
-                    examples.baseline_ranks.get(query["caption_id"])
-                    if query["kind"] == "random"
-                    else None
-                ),
+                baseline_rank=examples.baseline_ranks.get(query["caption_id"]),
             )
         )
         for query in queries

@@ -224,9 +224,10 @@ def retrieval_thresholds(
         scores_of = retrieval_ranks_triton.pair_scores
     best = torch.full_like(speech_image_id, -torch.inf, dtype=torch.float64)
     best_of_image = torch.full_like(image_id, -torch.inf, dtype=torch.float64)
+    sorted_image_id = image_id.sort()
     for first in range(0, len(speech), CAPTIONS_AT_ONCE):
         rows = slice(first, first + CAPTIONS_AT_ONCE)
-        row, column = positive_pairs(speech_image_id[rows], image_id)
+        row, column = positive_pairs(speech_image_id[rows], sorted_image_id)
         scores = scores_of(speech[rows], image, row, column)
         best[rows].scatter_reduce_(0, row, scores, "amax")
         best_of_image.scatter_reduce_(0, column, scores, "amax")

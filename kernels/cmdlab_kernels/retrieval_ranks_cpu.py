@@ -196,6 +196,7 @@ def _count(
     image_error = low_image.norm * low_image.scale
     counts = Counts.zeros(chosen, image, precision.name)
     tile_memory = _TileMemory(precision, shift)
+    lowest = -128 if precision.dtype == torch.int8 else -torch.inf  # below every interval
     seen = doubtful = 0
     for columns in _chunks(len(image)):
         width = columns.stop - columns.start
@@ -203,9 +204,10 @@ def _count(
         right = torch.nn.functional.pad(low_image.values[columns], (0, 0, 0, padding)).T
         ends_of_columns = torch.nn.functional.pad(image_ends[:, None, columns], (0, padding))
         images, by_image = image[columns], image_threshold[columns]
+        ids = image_id[columns].sort()
         for rows in _spread(len(chosen)):
             scores = tile_memory.scores(low_speech.values.index_select(0, chosen[rows]), right)
-            _blank(scores, speech_image_id[rows], image_id[columns])
+            scores[:, width:] = scores[positive_pairs(speech_image_id[rows], ids)] = lowest
             verdicts = tile_memory.compare(scores, speech_ends[:, rows, None], ends_of_columns)
             words = verdicts.view(torch.int64)
             counts.speech_greater[rows] += _bytes(words[1].sum(1)).sum(1)
@@ -299,13 +301,6 @@ class _TileMemory:
                 answer = self.answer[: scores.numel()].view(scores.shape)
                 verdict.copy_(question(scores, end, out=answer))
         return verdicts
-
-
-def _blank(scores: Tensor, speech_image_id: Tensor, image_id: Tensor) -> None:
-    """Put the positives and the padding, columns without an id, below every interval."""
-    lowest = -128 if scores.dtype == torch.int8 else -torch.inf
-    scores[:, len(image_id) :] = lowest
-    scores[positive_pairs(speech_image_id, image_id)] = lowest
 
 
 def _bytes(words: Tensor) -> Tensor:

@@ -31,9 +31,14 @@ PAIRS_IN_CACHE = 256
 TILE = 512  # rows and columns of an exact tile: 2 MB of float64
 
 
-def positive_pairs(speech_image_id: Tensor, image_id: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs of equal id: indices int64 [P] into ids int64 [N] and [M], caption by caption."""
-    ids, order = image_id.sort()
+def positive_pairs(
+    speech_image_id: Tensor, sorted_image_id: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The pairs of equal id: indices int64 [P] into ids int64 [N] and [M], caption by caption.
+
+    sorted_image_id: what `image_id.sort()` gives, since many blocks of captions may share it.
+    """
+    ids, order = sorted_image_id
     first = torch.searchsorted(ids, speech_image_id)
     copies = torch.searchsorted(ids, speech_image_id, right=True) - first
     row = torch.arange(len(copies), device=ids.device).repeat_interleave(copies)
@@ -118,7 +123,7 @@ class Counts:
     ) -> None:
         """Count a tile of scores, float64 [n, m]; its positives are overwritten."""
         rows, columns = tile.rows, tile.columns
-        scores[positive_pairs(speech_image_id[rows], image_id[columns])] = -torch.inf
+        scores[positive_pairs(speech_image_id[rows], image_id[columns].sort())] = -torch.inf
         by_row, by_column = speech_threshold[rows, None], image_threshold[columns]
         self.speech_greater[rows] += (scores > by_row).sum(1)
         self.speech_equal[rows] += (scores == by_row).sum(1)

@@ -127,17 +127,22 @@ def test_the_bytes_depend_on_the_seed_and_not_on_the_workers(tmp_path, tiny):
     assert not any(other[name] == one[name] for name in media)
 
 
-def test_killed_work_goes_on_from_the_last_whole_shard(tmp_path, tiny, monkeypatch):
-    sizes = {"train": 30, "val": 1, "test": 1}
-    monkeypatch.setitem(PRESETS, tiny, Preset(sizes, shard=1))
-    folder, making = tmp_path / "corpus", tmp_path / "corpus.making"
+def making_command(folder: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict) -> list[str]:
+    """What makes a corpus of these sizes in a process of its own; "tiny" means them here too."""
+    monkeypatch.setitem(PRESETS, "tiny", Preset(sizes, shard=1))
     program = (
         "from cmdlab.corpora.spoken_scenes import PRESETS, Preset, make_corpus\n"
         f"PRESETS['tiny'] = Preset({sizes}, shard=1)\n"
         f"make_corpus({str(folder)!r}, preset='tiny', workers=2)\n"
     )
+    return [sys.executable, "-c", program]
+
+
+def test_killed_work_goes_on_from_the_last_whole_shard(tmp_path, tiny, monkeypatch):
+    folder, making = tmp_path / "corpus", tmp_path / "corpus.making"
+    command = making_command(folder, monkeypatch, {"train": 30, "val": 1, "test": 1})
     process = subprocess.Popen(
-        [sys.executable, "-c", program],
+        command,
         env={**os.environ, "TMPDIR": str(tmp_path)},  # what is killed cannot clear up after itself
         stderr=subprocess.DEVNULL,
     )
@@ -165,19 +170,11 @@ def test_killed_work_goes_on_from_the_last_whole_shard(tmp_path, tiny, monkeypat
 
 
 def test_ctrl_c_spoils_no_sound(tmp_path, tiny, monkeypatch):
-    sizes = {"train": 60, "val": 1, "test": 1}
-    monkeypatch.setitem(PRESETS, tiny, Preset(sizes, shard=1))
     folder, making = tmp_path / "corpus", tmp_path / "corpus.making"
-    program = (
-        "from cmdlab.corpora.spoken_scenes import PRESETS, Preset, make_corpus\n"
-        f"PRESETS['tiny'] = Preset({sizes}, shard=1)\n"
-        f"make_corpus({str(folder)!r}, preset='tiny', workers=2)\n"
-    )
+    command = making_command(folder, monkeypatch, {"train": 60, "val": 1, "test": 1})
     for _ in range(3):
         before = len(list(making.glob("shards/*-????")))
-        process = subprocess.Popen(
-            [sys.executable, "-c", program], start_new_session=True, stderr=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
         wait_for(lambda n=before: len(list(making.glob("shards/*-????"))) >= n + 4)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
         assert process.wait() != 0
