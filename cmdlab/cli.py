@@ -55,7 +55,7 @@ def _corpus_check(chosen: Namespace) -> None:
 
 
 def _train(chosen: Namespace) -> None:
-    from cmdlab.experiment import run_experiment
+    from cmdlab.experiment.run import run_experiment
 
     parameters: dict[str, Any] = {}
     for name, value in chosen.parameters:
@@ -77,7 +77,7 @@ def _train(chosen: Namespace) -> None:
 
 
 def _sweep(chosen: Namespace) -> None:
-    from cmdlab.sweeps import run_sweep
+    from cmdlab.sweeps.run import run_sweep
 
     done = run_sweep(chosen.file, runs=chosen.runs, workers=chosen.workers, smoke=chosen.smoke)
     print(f"{done.listing}: {done.done} run, {done.resumed} kept from before, {done.failed} failed")
@@ -118,7 +118,7 @@ def _bench(chosen: Namespace) -> int:
 
 
 def _evaluate(chosen: Namespace) -> None:
-    from cmdlab.evaluation import evaluate_file
+    from cmdlab.evaluation.ranks import evaluate_file
 
     print(json.dumps(evaluate_file(chosen.file, impl=chosen.impl), indent=2, allow_nan=False))
 

@@ -13,7 +13,7 @@ import torch
 from cmdlab.corpora.corpus import Caption, Corpus, Image
 from cmdlab.corpora.spoken_scenes import make_corpus
 from cmdlab.encoders.store import Features, FeatureStore
-from cmdlab.experiment import Data, open_data
+from cmdlab.experiment.run import Data, open_data
 
 
 @pytest.fixture(scope="session")

@@ -272,7 +272,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(path, *, impl):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cmdlab.evaluation.evaluate_file", interrupted)
+    monkeypatch.setattr("cmdlab.evaluation.ranks.evaluate_file", interrupted)
     assert main(["evaluate", "my file.npz"]) == 130
     line = capsys.readouterr().err
     assert line.endswith("go on with: cmdlab evaluate 'my file.npz'\n")

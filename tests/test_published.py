@@ -10,7 +10,7 @@ from bs4 import BeautifulSoup
 
 from cmdlab.encoders import WEIGHTS
 from cmdlab.reporting import write_kernel_report, write_report
-from cmdlab.sweep_files import read_sweep
+from cmdlab.sweeps.files import read_sweep
 
 ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "reports"
@@ -58,7 +58,7 @@ def test_the_published_ablation_has_enough_seeds():
 @pytest.mark.parametrize("name", ["study", "ablation"])
 def test_the_published_runs_are_of_the_recipe_in_the_sweep_file(name, monkeypatch):
     """The sweep file as it stands, with the notebook's defaults, names the arms as published."""
-    monkeypatch.setattr("cmdlab.sweep_files._corpus_hash", lambda *_: None)  # it lies nowhere yet
+    monkeypatch.setattr("cmdlab.sweeps.files._corpus_hash", lambda *_: None)  # it lies nowhere yet
     _, cells = read_sweep(ROOT / "notebooks" / "sweeps" / f"{name}.yaml")
     expected = {(cell.arm, cell.seed): cell.parameters for cell in cells}
     records = [json.loads(path.read_text()) for path in (REPORTS / name).glob("*/record.json")]

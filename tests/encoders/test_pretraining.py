@@ -26,7 +26,7 @@ from cmdlab.encoders.pretraining import (
     words_spelt,
 )
 from cmdlab.encoders.tiny import TinyImageEncoder, TinyTextEncoder
-from cmdlab.evaluation import rank_table, retrieval_metrics
+from cmdlab.evaluation.ranks import rank_table, retrieval_metrics
 
 MOMENT = 3  # steps
 

@@ -14,8 +14,8 @@ import soundfile
 from PIL import Image, ImageDraw
 from scipy.stats import norm
 
-from cmdlab.evaluation import RankTable, retrieval_metrics
-from cmdlab.records import write_listing, write_record
+from cmdlab.evaluation.ranks import RankTable, retrieval_metrics
+from cmdlab.records.records import write_listing, write_record
 
 BASE = {"weight": 1.0, "direction": "image", "rate": 0.3, "corruption": "swap", "target": "tokens"}
 CAPTION = "a small red circle left of the large blue star"

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmdlab.errors import InputError
-from cmdlab.evaluation import RankTable
+from cmdlab.evaluation.ranks import RankTable
 from cmdlab.reporting import write_report
 from cmdlab.reporting.study import wilson
 

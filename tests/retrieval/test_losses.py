@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cmdlab.denoising import Denoising
-from cmdlab.losses import Batch, make_denoisers, training_losses
-from cmdlab.model import RetrievalModel, Shape
+from cmdlab.retrieval.denoising import Denoising
+from cmdlab.retrieval.losses import Batch, make_denoisers, training_losses
+from cmdlab.retrieval.model import RetrievalModel, Shape
 
 SHAPE = Shape(speech_layers=2, speech_width=16, image_width=12, embedding=8)
 

@@ -236,7 +236,7 @@ def execute(
     }
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cmdlab.notebooks", str(scratch), str(os.getpid())],
+            [sys.executable, "-m", "cmdlab.sweeps.notebooks", str(scratch), str(os.getpid())],
             env=variables,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -289,7 +289,7 @@ def _run_papermill(scratch: Path) -> None:
             on_notebook_start=lambda notebook: started.set(),
             extra_arguments=[
                 "--IPKernelApp.exec_lines="
-                "__import__('cmdlab.notebooks', fromlist=['_']).die_with_parent("
+                "__import__('cmdlab.sweeps.notebooks', fromlist=['_']).die_with_parent("
                 f"{os.getpid()})"
             ],
         )

@@ -22,10 +22,10 @@ from typing import Any, Literal, Protocol
 from tqdm import tqdm
 
 from cmdlab.errors import InputError
-from cmdlab.notebooks import NotebookError, Stopped, execute, read_notebook
-from cmdlab.provenance import collect_provenance, gpu_names, source_sha256
-from cmdlab.records import SCHEMA, read_record, read_result, write_listing, write_record
-from cmdlab.sweep_files import Cell, read_sweep
+from cmdlab.sweeps.notebooks import NotebookError, Stopped, execute, read_notebook
+from cmdlab.records.provenance import collect_provenance, gpu_names, source_sha256
+from cmdlab.records.records import SCHEMA, read_record, read_result, write_listing, write_record
+from cmdlab.sweeps.files import Cell, read_sweep
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Outcome:
 class SweepSummary:
     """What a sweep did: `done` cells ran now, `resumed` ones had run before, `failed` ones failed.
 
-    `listing` is the file that `cmdlab.records.load_records` takes.
+    `listing` is the file that `cmdlab.records.records.load_records` takes.
     """
 
     name: str

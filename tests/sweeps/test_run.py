@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 from cmdlab.errors import InputError
-from cmdlab.notebooks import NotebookError, read_notebook, run_notebook
-from cmdlab.records import load_records
-from cmdlab.sweep_files import read_sweep
-from cmdlab.sweeps import run_cell, run_sweep
+from cmdlab.sweeps.notebooks import NotebookError, read_notebook, run_notebook
+from cmdlab.records.records import load_records
+from cmdlab.sweeps.files import read_sweep
+from cmdlab.sweeps.run import run_cell, run_sweep
 
 DIRECTION = {
     "R@1": 20.0,
@@ -339,7 +339,7 @@ def test_a_kernel_that_does_not_start_is_started_once_more(tmp_path, monkeypatch
 
 def start_sweep(file: Path, runs: Path, mark: str) -> subprocess.Popen:
     code = (
-        "import pathlib, sys; from cmdlab.sweeps import run_sweep; "
+        "import pathlib, sys; from cmdlab.sweeps.run import run_sweep; "
         "run_sweep(pathlib.Path(sys.argv[1]), runs=pathlib.Path(sys.argv[2]), workers=2)"
     )
     return subprocess.Popen(

@@ -6,8 +6,8 @@ import torch
 from cmdlab_kernels.info_nce import info_nce
 from torch import Tensor, nn
 
-from cmdlab.denoising import Denoiser, Denoising
-from cmdlab.model import RetrievalModel, Shape
+from cmdlab.retrieval.denoising import Denoiser, Denoising
+from cmdlab.retrieval.model import RetrievalModel, Shape
 
 
 class Batch(NamedTuple):

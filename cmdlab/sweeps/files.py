@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from cmdlab.errors import InputError
-from cmdlab.notebooks import Notebook, read_notebook
-from cmdlab.provenance import source_sha256
-from cmdlab.records import SCHEMA
+from cmdlab.sweeps.notebooks import Notebook, read_notebook
+from cmdlab.records.provenance import source_sha256
+from cmdlab.records.records import SCHEMA
 
 KEYS = ("notebook", "title", "baseline", "planned", "fixed", "seeds", "arms", "axes", "grid")
 OWN_PARAMETERS = ("seed", "smoke", "run_folder")  # the sweep itself sets them

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cmdlab.alignment import foil_test, pointing_game
+from cmdlab.experiment.alignment import foil_test, pointing_game
 from cmdlab.corpora.check import leave_out_unreadable, load_usable
 from cmdlab.corpora.corpus import SPLITS, Corpus, load_corpus
 from cmdlab.corpora.ground_truth import (
@@ -23,14 +23,14 @@ from cmdlab.corpora.ground_truth import (
     read_foils,
     read_ground_truth,
 )
-from cmdlab.denoising import Denoising
+from cmdlab.retrieval.denoising import Denoising
 from cmdlab.encoders import IMAGE, SPEECH, TEXT, Hearing, fingerprint
 from cmdlab.encoders.store import Features, FeatureStore, open_stores
 from cmdlab.errors import InputError
-from cmdlab.evaluation import rank_table, retrieval_metrics
-from cmdlab.model import RetrievalModel
-from cmdlab.records import write_json
-from cmdlab.training import Trained, Training, rank, train
+from cmdlab.evaluation.ranks import rank_table, retrieval_metrics
+from cmdlab.retrieval.model import RetrievalModel
+from cmdlab.records.records import write_json
+from cmdlab.retrieval.training import Trained, Training, rank, train
 
 POINTED_CAPTIONS = 500  # of the test split, for the pointing game
 

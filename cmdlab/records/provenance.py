@@ -21,7 +21,7 @@ def collect_provenance() -> dict[str, Any]:
     The git entries are null where this package is not part of a git working tree. torch is not
     imported: its versions are read from its files.
     """
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     lock = root / "requirements.lock"
     torch: dict[str, Any] = {}
     spec = importlib.util.find_spec("torch")
@@ -49,7 +49,7 @@ def source_sha256() -> str:
 
     `cmdlab/reporting` and `cmdlab/cli.py` are left out: reports are drawn from records.
     """
-    library = Path(__file__).parent
+    library = Path(__file__).parents[1]
     kernels = importlib.util.find_spec("cmdlab_kernels")
     roots = [library]
     if kernels is not None and kernels.origin is not None:

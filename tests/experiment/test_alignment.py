@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from cmdlab import alignment
-from cmdlab.alignment import foil_test, pointing_game, word_maps
+from cmdlab.experiment import alignment
+from cmdlab.experiment.alignment import foil_test, pointing_game, word_maps
 from cmdlab.corpora.ground_truth import GroundTruth, TimedWord
-from cmdlab.model import RetrievalModel, Shape
+from cmdlab.retrieval.model import RetrievalModel, Shape
 
 SHAPE = Shape(2, 16, 12, 8, image_head="patches")
 WORDS = [TimedWord("red", 0.0, 0.1, 0), TimedWord("a", 0.1, 0.2, 0), TimedWord("star", 0.15, 9, 0)]

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from cmdlab.denoising import Denoising
+from cmdlab.retrieval.denoising import Denoising
 from cmdlab.encoders.store import Features
 from cmdlab.errors import InputError
-from cmdlab.experiment import inference_cost
-from cmdlab.model import RetrievalModel
-from cmdlab.training import Trained, Training, embed, make_batch, train
+from cmdlab.experiment.run import inference_cost
+from cmdlab.retrieval.model import RetrievalModel
+from cmdlab.retrieval.training import Trained, Training, embed, make_batch, train
 
 CONTRASTIVE = Training(
     seed=3, steps=12, batch_size=8, warm_up=3, validate_every=5, learning_rate=3e-3
@@ -105,7 +105,7 @@ def test_arms_of_a_seed_start_from_the_same_heads_and_see_the_same_batches(run):
 
 
 def test_an_epoch_takes_no_caption_twice(features):
-    from cmdlab.training import _captions_of_step
+    from cmdlab.retrieval.training import _captions_of_step
 
     steps = [_captions_of_step(step, CONTRASTIVE, features) for step in range(10)]
     assert sorted(torch.cat(steps[:5]).tolist()) == list(range(40))

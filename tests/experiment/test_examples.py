@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 
 from cmdlab.corpora.images import read_image
-from cmdlab.examples import write_examples
-from cmdlab.model import RetrievalModel, Shape
-from cmdlab.training import rank
+from cmdlab.experiment.examples import write_examples
+from cmdlab.retrieval.model import RetrievalModel, Shape
+from cmdlab.retrieval.training import rank
 
 
 def test_a_reused_folder_shows_the_pictures_of_its_own_corpus(smoke_data, tmp_path):

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmdlab.errors import InputError
-from cmdlab.provenance import collect_provenance, source_sha256
-from cmdlab.records import (
+from cmdlab.records.provenance import collect_provenance, source_sha256
+from cmdlab.records.records import (
     load_records,
     read_record,
     read_result,
@@ -25,7 +25,7 @@ from cmdlab.records import (
     write_record,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DIRECTION = {
     "R@1": 20,
     "R@5": 50.0,
@@ -272,7 +272,7 @@ def copy_of_the_packages(tmp_path):
 
 def test_the_source_hash_covers_what_can_change_a_result(copy_of_the_packages):
     code = (
-        "import json; from cmdlab.provenance import source_sha256; "
+        "import json; from cmdlab.records.provenance import source_sha256; "
         "print(json.dumps(source_sha256()))"
     )
     first = in_copy(copy_of_the_packages, code)
@@ -298,7 +298,7 @@ def test_provenance_knows_the_commit_and_what_differs_from_it(copy_of_the_packag
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     code = (
-        "import json; from cmdlab.provenance import collect_provenance; "
+        "import json; from cmdlab.records.provenance import collect_provenance; "
         "print(json.dumps(collect_provenance()))"
     )
 
@@ -334,7 +334,7 @@ def test_provenance_knows_the_commit_and_what_differs_from_it(copy_of_the_packag
 
 def test_provenance_does_not_import_torch():
     code = (
-        "import json, sys; from cmdlab.sweeps import collect_provenance; "
+        "import json, sys; from cmdlab.sweeps.run import collect_provenance; "
         "print(json.dumps([collect_provenance(), 'torch' in sys.modules]))"
     )
     provenance, imported = in_copy(ROOT, code)

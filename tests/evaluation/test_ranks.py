@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import rankdata
 
 from cmdlab.errors import InputError
-from cmdlab.evaluation import RankTable, evaluate_file, rank_table, retrieval_metrics
+from cmdlab.evaluation.ranks import RankTable, evaluate_file, rank_table, retrieval_metrics
 
 DIRECTIONS = ("speech_to_image", "image_to_speech")
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cmdlab.denoising import Denoising
+from cmdlab.retrieval.denoising import Denoising
 from cmdlab.encoders.store import Features
 from cmdlab.errors import InputError, check_types
-from cmdlab.evaluation import RankTable, rank_table, retrieval_metrics
-from cmdlab.losses import Batch, make_denoisers, training_losses
-from cmdlab.model import RetrievalModel, Shape
+from cmdlab.evaluation.ranks import RankTable, rank_table, retrieval_metrics
+from cmdlab.retrieval.losses import Batch, make_denoisers, training_losses
+from cmdlab.retrieval.model import RetrievalModel, Shape
 
 
 @dataclass(frozen=True)

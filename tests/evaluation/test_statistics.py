@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cmdlab.errors import InputError
-from cmdlab.evaluation import RankTable, rank_table
-from cmdlab.statistics import METRICS, compare, holm, interval
+from cmdlab.evaluation.ranks import RankTable, rank_table
+from cmdlab.evaluation.statistics import METRICS, compare, holm, interval
 
 
 def table_of_hits(speech_hits, image_hits, owner):

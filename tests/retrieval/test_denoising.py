@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmdlab.denoising import CHOICES, Corruption, Denoiser, Denoising, corrupt
+from cmdlab.retrieval.denoising import CHOICES, Corruption, Denoiser, Denoising, corrupt
 from cmdlab.errors import InputError
 
 WIDTH, CONTEXT, LONGEST = 16, 12, 6

@@ -38,7 +38,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from cmdlab.errors import InputError
-from cmdlab.evaluation import CUTOFFS, RankTable
+from cmdlab.evaluation.ranks import CUTOFFS, RankTable
 
 DIRECTIONS = ("speech_to_image", "image_to_speech")
 

@@ -15,7 +15,7 @@ from cmdlab.corpora.scenes import COLOURS, SHAPES
 from cmdlab.encoders import IMAGE, tiny_encoder
 from cmdlab.encoders.store import Features, FeatureStore
 from cmdlab.encoders.tiny import IMAGE_GRID, TOKENS_PER_SECOND
-from cmdlab.model import RetrievalModel
+from cmdlab.retrieval.model import RetrievalModel
 
 PATCH = 64 / IMAGE_GRID  # pixels
 BATCH = 250  # pairs

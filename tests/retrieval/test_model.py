@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cmdlab.errors import InputError
-from cmdlab.model import GROUP, RetrievalModel, Shape
+from cmdlab.retrieval.model import GROUP, RetrievalModel, Shape
 
 SHAPE = Shape(speech_layers=3, speech_width=16, image_width=12, embedding=8)
 PATCHES = replace(SHAPE, image_head="patches")

@@ -1,0 +1,1 @@
+"""One measured run, from a corpus and a recipe to a folder."""

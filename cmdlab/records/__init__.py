@@ -1,0 +1,1 @@
+"""What a run leaves, and where it comes from."""

@@ -1,0 +1,1 @@
+"""Many runs: a sweep file becomes cells, and each cell a record."""
