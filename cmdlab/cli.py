@@ -40,13 +40,13 @@ def _study(chosen: Namespace) -> None:
 
 
 def _corpus_make(chosen: Namespace) -> None:
-    from cmdlab.corpora.spoken_scenes import make_corpus
+    from cmdlab.corpora import make_corpus
 
     make_corpus(chosen.folder, preset=chosen.preset, seed=chosen.seed, workers=chosen.workers)
 
 
 def _corpus_check(chosen: Namespace) -> None:
-    from cmdlab.corpora.check import check_corpus
+    from cmdlab.corpora import check_corpus
 
     check = check_corpus(chosen.folder, skip_bad=chosen.skip_bad)
     print(check)
@@ -55,7 +55,7 @@ def _corpus_check(chosen: Namespace) -> None:
 
 
 def _train(chosen: Namespace) -> None:
-    from cmdlab.experiment.run import run_experiment
+    from cmdlab.experiment import run_experiment
 
     parameters: dict[str, Any] = {}
     for name, value in chosen.parameters:
@@ -77,7 +77,7 @@ def _train(chosen: Namespace) -> None:
 
 
 def _sweep(chosen: Namespace) -> None:
-    from cmdlab.sweeps.run import run_sweep
+    from cmdlab.sweeps import run_sweep
 
     done = run_sweep(chosen.file, runs=chosen.runs, workers=chosen.workers, smoke=chosen.smoke)
     print(f"{done.listing}: {done.done} run, {done.resumed} kept from before, {done.failed} failed")
@@ -118,7 +118,7 @@ def _bench(chosen: Namespace) -> int:
 
 
 def _evaluate(chosen: Namespace) -> None:
-    from cmdlab.evaluation.ranks import evaluate_file
+    from cmdlab.evaluation import evaluate_file
 
     print(json.dumps(evaluate_file(chosen.file, impl=chosen.impl), indent=2, allow_nan=False))
 

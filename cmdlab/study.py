@@ -3,11 +3,10 @@
 import sys
 from pathlib import Path
 
-from cmdlab.corpora.spoken_scenes import make_corpus
+from cmdlab.corpora import make_corpus
 from cmdlab.errors import InputError
-from cmdlab.experiment.run import open_data
-from cmdlab.sweeps.notebooks import NotebookError, run_notebook
-from cmdlab.sweeps.run import run_sweep
+from cmdlab.experiment import open_data
+from cmdlab.sweeps import NotebookError, run_notebook, run_sweep
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from cmdlab.sweeps.notebooks import read_notebook, run_notebook
 from cmdlab.sweeps.files import read_sweep
+from cmdlab.sweeps.notebooks import read_notebook, run_notebook
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

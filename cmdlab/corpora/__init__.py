@@ -1,20 +1,57 @@
 """Spoken-image corpora: one Corpus type, whether generated, SpokenCOCO or Flickr8k Audio."""
 
 from cmdlab.corpora.audio import SAMPLE_RATE, degrade, read_audio, read_speech
-from cmdlab.corpora.corpus import Caption, Corpus, Image, content_hash, load_corpus
+from cmdlab.corpora.check import check_corpus, leave_out_unreadable, load_usable
+from cmdlab.corpora.content_hash import content_hash
+from cmdlab.corpora.corpus import SPLITS, Caption, Corpus, Image
+from cmdlab.corpora.ground_truth import (
+    GroundTruth,
+    TimedWord,
+    corpus_ceiling,
+    read_foils,
+    read_ground_truth,
+)
 from cmdlab.corpora.images import read_image
-from cmdlab.corpora.untrusted import Problem
+from cmdlab.corpora.loading import load_corpus, read_identity
+from cmdlab.corpora.rendering import render
+from cmdlab.corpora.scenes import COLOURS, SHAPES, sample_captions, sample_scene, vocabulary
+from cmdlab.corpora.speaking import PRETRAINING_VOICES, Utterance, speak
+from cmdlab.corpora.spoken_scenes import make_corpus
+from cmdlab.corpora.untrusted import Problem, UntrustedFolder
+from cmdlab.corpora.workers import worker_pool
 
 __all__ = [
+    "COLOURS",
+    "PRETRAINING_VOICES",
     "SAMPLE_RATE",
+    "SHAPES",
+    "SPLITS",
     "Caption",
     "Corpus",
+    "GroundTruth",
     "Image",
     "Problem",
+    "TimedWord",
+    "UntrustedFolder",
+    "Utterance",
+    "check_corpus",
     "content_hash",
+    "corpus_ceiling",
     "degrade",
+    "leave_out_unreadable",
     "load_corpus",
+    "load_usable",
+    "make_corpus",
     "read_audio",
+    "read_foils",
+    "read_ground_truth",
+    "read_identity",
     "read_image",
     "read_speech",
+    "render",
+    "sample_captions",
+    "sample_scene",
+    "speak",
+    "vocabulary",
+    "worker_pool",
 ]

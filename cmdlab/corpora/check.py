@@ -10,19 +10,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cmdlab.corpora.audio import read_audio
-from cmdlab.corpora.corpus import (
-    SPLITS,
-    Caption,
-    Corpus,
-    Image,
-    Split,
-    content_hash,
-    in_slices,
-    leave_out,
-    load_corpus,
-    read_identity,
-)
+from cmdlab.corpora.content_hash import content_hash, in_slices
+from cmdlab.corpora.corpus import SPLITS, Caption, Corpus, Image, Split, leave_out
 from cmdlab.corpora.images import read_image
+from cmdlab.corpora.loading import load_corpus, read_identity
 from cmdlab.corpora.untrusted import Problem, UntrustedFolder
 from cmdlab.errors import InputError
 

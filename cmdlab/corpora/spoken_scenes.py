@@ -338,4 +338,4 @@ def _write_list(path: Path, key: str, lines: Iterable[str]) -> None:
 
 
 def _hash_line(digest: str, name: str) -> str:
-    return f"{digest}  {name}\n"  # as `cmdlab.corpora.corpus.content_hash` has it
+    return f"{digest}  {name}\n"  # as `content_hash` has it

@@ -23,11 +23,17 @@ from torch.nn.functional import (
 )
 from tqdm import tqdm
 
-from cmdlab.corpora.audio import degrade
-from cmdlab.corpora.rendering import render
-from cmdlab.corpora.scenes import sample_captions, sample_scene, vocabulary
-from cmdlab.corpora.speaking import PRETRAINING_VOICES, Utterance, speak
-from cmdlab.corpora.workers import worker_pool
+from cmdlab.corpora import (
+    PRETRAINING_VOICES,
+    Utterance,
+    degrade,
+    render,
+    sample_captions,
+    sample_scene,
+    speak,
+    vocabulary,
+    worker_pool,
+)
 from cmdlab.encoders.tiny import (
     IMAGE_GRID,
     LETTERS,

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cmdlab.corpora.corpus import Caption, Corpus, Image
-from cmdlab.corpora.workers import worker_pool
-from cmdlab.encoders import IMAGE, Hearing, encode, fingerprint
+from cmdlab.corpora import Caption, Corpus, Image, worker_pool
+from cmdlab.encoders.encoding import IMAGE, Hearing, encode, fingerprint
 from cmdlab.errors import InputError
 
 CHUNK = 250  # items

@@ -1,1 +1,16 @@
 """How good is it, and how sure: embeddings to ranks to Recall@K, intervals; knows no model."""
+
+from cmdlab.evaluation.ranks import RankTable, evaluate_file, rank_table, retrieval_metrics
+from cmdlab.evaluation.statistics import Comparison, Interval, compare, holm, interval
+
+__all__ = [
+    "Comparison",
+    "Interval",
+    "RankTable",
+    "compare",
+    "evaluate_file",
+    "holm",
+    "interval",
+    "rank_table",
+    "retrieval_metrics",
+]

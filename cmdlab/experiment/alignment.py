@@ -10,12 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmdlab.corpora.ground_truth import GroundTruth, TimedWord
-from cmdlab.corpora.scenes import COLOURS, SHAPES
-from cmdlab.encoders import IMAGE, tiny_encoder
-from cmdlab.encoders.store import Features, FeatureStore
-from cmdlab.encoders.tiny import IMAGE_GRID, TOKENS_PER_SECOND
-from cmdlab.retrieval.model import RetrievalModel
+from cmdlab.corpora import COLOURS, SHAPES, GroundTruth, TimedWord
+from cmdlab.encoders import (
+    IMAGE,
+    IMAGE_GRID,
+    TOKENS_PER_SECOND,
+    Features,
+    FeatureStore,
+    tiny_encoder,
+)
+from cmdlab.retrieval import RetrievalModel
 
 PATCH = 64 / IMAGE_GRID  # pixels
 BATCH = 250  # pairs

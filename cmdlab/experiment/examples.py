@@ -13,15 +13,13 @@ import soundfile
 import torch
 from PIL import Image as Picture
 
+from cmdlab.corpora import SAMPLE_RATE, read_audio, read_image
+from cmdlab.encoders import IMAGE_GRID
+from cmdlab.evaluation import RankTable
 from cmdlab.experiment.alignment import word_maps
-from cmdlab.corpora.audio import SAMPLE_RATE, read_audio
-from cmdlab.corpora.images import read_image
-from cmdlab.encoders.tiny import IMAGE_GRID
-from cmdlab.evaluation.ranks import RankTable
 from cmdlab.experiment.run import Data
-from cmdlab.retrieval.model import RetrievalModel
-from cmdlab.records.records import write_json
-from cmdlab.retrieval.training import embed_images, embed_speech
+from cmdlab.records import write_json
+from cmdlab.retrieval import RetrievalModel, embed_images, embed_speech
 
 RANDOM, FAILURES, TOP = 8, 8, 5
 CHOICE_SEED = 20_24

@@ -14,23 +14,32 @@ from typing import Any
 
 import torch
 
-from cmdlab.experiment.alignment import foil_test, pointing_game
-from cmdlab.corpora.check import leave_out_unreadable, load_usable
-from cmdlab.corpora.corpus import SPLITS, Corpus, load_corpus
-from cmdlab.corpora.ground_truth import (
+from cmdlab.corpora import (
+    SPLITS,
+    Corpus,
     GroundTruth,
     corpus_ceiling,
+    leave_out_unreadable,
+    load_corpus,
+    load_usable,
     read_foils,
     read_ground_truth,
 )
-from cmdlab.retrieval.denoising import Denoising
-from cmdlab.encoders import IMAGE, SPEECH, TEXT, Hearing, fingerprint
-from cmdlab.encoders.store import Features, FeatureStore, open_stores
+from cmdlab.encoders import (
+    IMAGE,
+    SPEECH,
+    TEXT,
+    Features,
+    FeatureStore,
+    Hearing,
+    fingerprint,
+    open_stores,
+)
 from cmdlab.errors import InputError
-from cmdlab.evaluation.ranks import rank_table, retrieval_metrics
-from cmdlab.retrieval.model import RetrievalModel
-from cmdlab.records.records import write_json
-from cmdlab.retrieval.training import Trained, Training, rank, train
+from cmdlab.evaluation import rank_table, retrieval_metrics
+from cmdlab.experiment.alignment import foil_test, pointing_game
+from cmdlab.records import write_json
+from cmdlab.retrieval import Denoising, RetrievalModel, Trained, Training, rank, train
 
 POINTED_CAPTIONS = 500  # of the test split, for the pointing game
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cmdlab.errors import InputError
-from cmdlab.records.records import load_records, write_listing
+from cmdlab.records import load_records, write_listing
 from cmdlab.reporting.ablation import write_report
 from cmdlab.reporting.study import read_study
 from cmdlab.reporting.summary import write_summary

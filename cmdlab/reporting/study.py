@@ -9,10 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from cmdlab.records import records
+from cmdlab import records
 from cmdlab.errors import InputError
-from cmdlab.evaluation.ranks import RankTable, retrieval_metrics
-from cmdlab.evaluation.statistics import Comparison, Interval, compare, holm, interval
+from cmdlab.evaluation import (
+    Comparison,
+    Interval,
+    RankTable,
+    compare,
+    holm,
+    interval,
+    retrieval_metrics,
+)
 
 HEADLINE = "mean_R@1"
 BASELINE = "contrastive"  # where no sweep names one

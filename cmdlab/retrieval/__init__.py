@@ -1,1 +1,16 @@
-"""What is trained: the retrieval model, the denoiser beside it in training, the losses, the loop."""
+"""What is trained: the retrieval model; in training a denoiser beside it; losses and the loop."""
+
+from cmdlab.retrieval.denoising import Denoising
+from cmdlab.retrieval.model import RetrievalModel
+from cmdlab.retrieval.training import Trained, Training, embed_images, embed_speech, rank, train
+
+__all__ = [
+    "Denoising",
+    "RetrievalModel",
+    "Trained",
+    "Training",
+    "embed_images",
+    "embed_speech",
+    "rank",
+    "train",
+]

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cmdlab.retrieval.denoising import Denoising
-from cmdlab.encoders.store import Features
+from cmdlab.encoders import Features
 from cmdlab.errors import InputError, check_types
-from cmdlab.evaluation.ranks import RankTable, rank_table, retrieval_metrics
+from cmdlab.evaluation import RankTable, rank_table, retrieval_metrics
+from cmdlab.retrieval.denoising import Denoising
 from cmdlab.retrieval.losses import Batch, make_denoisers, training_losses
 from cmdlab.retrieval.model import RetrievalModel, Shape
 

@@ -13,9 +13,8 @@ from typing import Any
 import yaml
 
 from cmdlab.errors import InputError
+from cmdlab.records import SCHEMA, source_sha256
 from cmdlab.sweeps.notebooks import Notebook, read_notebook
-from cmdlab.records.provenance import source_sha256
-from cmdlab.records.records import SCHEMA
 
 KEYS = ("notebook", "title", "baseline", "planned", "fixed", "seeds", "arms", "axes", "grid")
 OWN_PARAMETERS = ("seed", "smoke", "run_folder")  # the sweep itself sets them
@@ -207,9 +206,7 @@ def _corpus_hash(file: Path, corpus: Any, skip_bad: bool) -> str | None:
     """The content hash of the corpus that the parameter `corpus` names; None without one."""
     if not isinstance(corpus, str):
         return None
-    from cmdlab.corpora.check import load_usable
-    from cmdlab.corpora.corpus import SPLITS, load_corpus, read_identity
-    from cmdlab.corpora.untrusted import UntrustedFolder
+    from cmdlab.corpora import SPLITS, UntrustedFolder, load_corpus, load_usable, read_identity
 
     if not Path(corpus).is_dir():
         raise InputError(

@@ -22,10 +22,18 @@ from typing import Any, Literal, Protocol
 from tqdm import tqdm
 
 from cmdlab.errors import InputError
-from cmdlab.sweeps.notebooks import NotebookError, Stopped, execute, read_notebook
-from cmdlab.records.provenance import collect_provenance, gpu_names, source_sha256
-from cmdlab.records.records import SCHEMA, read_record, read_result, write_listing, write_record
+from cmdlab.records import (
+    SCHEMA,
+    collect_provenance,
+    gpu_names,
+    read_record,
+    read_result,
+    source_sha256,
+    write_listing,
+    write_record,
+)
 from cmdlab.sweeps.files import Cell, read_sweep
+from cmdlab.sweeps.notebooks import NotebookError, Stopped, execute, read_notebook
 
 
 @dataclass(frozen=True)

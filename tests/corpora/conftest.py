@@ -9,7 +9,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from cmdlab.corpora.corpus import Corpus, Split, load_corpus
+from cmdlab.corpora import Corpus, load_corpus
+from cmdlab.corpora.corpus import Split
 from cmdlab.errors import InputError
 
 

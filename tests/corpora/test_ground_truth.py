@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cmdlab.corpora import Corpus, load_corpus
 from cmdlab.corpora.ceiling import ceiling
-from cmdlab.corpora.corpus import Corpus, leave_out, load_corpus
+from cmdlab.corpora.corpus import leave_out
 from cmdlab.corpora.ground_truth import (
     corpus_ceiling,
     read_foils,

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cmdlab.corpora import SPLITS, content_hash, load_corpus
 from cmdlab.corpora.audio import read_audio
-from cmdlab.corpora.corpus import SPLITS, content_hash, load_corpus
 from cmdlab.corpora.images import read_image
 from cmdlab.corpora.scenes import Scene, SceneObject, caption_is_true
 from cmdlab.corpora.speaking import STUDY_VOICES, TEST_ONLY_VOICES

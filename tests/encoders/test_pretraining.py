@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from cmdlab.corpora.corpus import SPLITS, load_corpus
+from cmdlab.corpora import SPLITS, load_corpus
 from cmdlab.corpora.images import read_image
 from cmdlab.corpora.scenes import vocabulary
 from cmdlab.corpora.speaking import PRETRAINING_VOICES, STUDY_VOICES, TEST_ONLY_VOICES
-from cmdlab.encoders import IMAGE, SPEECH, TEXT, WEIGHTS, tiny_encoder
+from cmdlab.encoders import IMAGE, SPEECH, TEXT, tiny_encoder
 from cmdlab.encoders import pretraining as module
+from cmdlab.encoders.encoding import WEIGHTS
 from cmdlab.encoders.pretraining import (
     Pictures,
     Utterances,

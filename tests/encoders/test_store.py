@@ -13,9 +13,8 @@ import pytest
 import torch
 from PIL import Image as Picture
 
-from cmdlab import encoders
-from cmdlab.corpora.corpus import Corpus, load_corpus
-from cmdlab.encoders import IMAGE, SPEECH, TEXT, Hearing, encode, fingerprint, store
+from cmdlab.corpora import Corpus, load_corpus
+from cmdlab.encoders import IMAGE, SPEECH, TEXT, Hearing, encode, encoding, fingerprint, store
 from cmdlab.encoders.store import FeatureStore, open_stores
 from cmdlab.errors import InputError
 
@@ -120,7 +119,7 @@ def test_a_half_built_store_is_completed(copied, corpus):
 def test_workers_end_with_a_killed_parent(smoke_corpus, tmp_path):
     program = (
         "from pathlib import Path\n"
-        "from cmdlab.corpora.corpus import load_corpus\n"
+        "from cmdlab.corpora import load_corpus\n"
         "from cmdlab.encoders import SPEECH, Hearing, store\n"
         "store.CHUNK = 2\n"
         f"wanted = [(load_corpus({str(smoke_corpus)!r}, 'train'), SPEECH)]\n"
@@ -205,9 +204,9 @@ def test_the_identity_changes_with_weights_and_hearing(tmp_path, monkeypatch):
     assert fingerprint(SPEECH, replace(HEARING, seed=1)) != fingerprint(SPEECH, HEARING)
     assert fingerprint(IMAGE, clean) == fingerprint(IMAGE, HEARING)  # images are not heard
     before = fingerprint(IMAGE, HEARING)
-    weights = (encoders.WEIGHTS / f"{IMAGE}.safetensors").read_bytes()
+    weights = (encoding.WEIGHTS / f"{IMAGE}.safetensors").read_bytes()
     (tmp_path / f"{IMAGE}.safetensors").write_bytes(weights[:-1] + b"!")
-    monkeypatch.setattr(encoders, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(encoding, "WEIGHTS", tmp_path)
     assert fingerprint(IMAGE, HEARING) != before
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from cmdlab.corpora.ground_truth import GroundTruth, TimedWord
 from cmdlab.experiment import alignment
 from cmdlab.experiment.alignment import foil_test, pointing_game, word_maps
-from cmdlab.corpora.ground_truth import GroundTruth, TimedWord
 from cmdlab.retrieval.model import RetrievalModel, Shape
 
 SHAPE = Shape(2, 16, 12, 8, image_head="patches")

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmdlab.corpora.corpus import load_corpus
-from cmdlab.retrieval.denoising import Denoising
+from cmdlab.corpora import load_corpus
 from cmdlab.errors import InputError
 from cmdlab.evaluation.ranks import RankTable, retrieval_metrics
 from cmdlab.experiment.examples import write_examples
 from cmdlab.experiment.run import inference_cost, open_data, pick_device, run_experiment
-from cmdlab.retrieval.model import RetrievalModel, Shape
 from cmdlab.records.provenance import collect_provenance
 from cmdlab.records.records import SCHEMA, read_result, write_record
 from cmdlab.reporting.examples import map_blocks, queries_html, read_examples
 from cmdlab.reporting.study import read_study
+from cmdlab.retrieval.denoising import Denoising
+from cmdlab.retrieval.model import RetrievalModel, Shape
 from cmdlab.retrieval.training import Training, rank, train
 
 RECIPE = {"steps": 6, "batch_size": 32, "warm_up": 2, "validate_every": 3, "seed": 2}

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmdlab.retrieval.denoising import CHOICES, Corruption, Denoiser, Denoising, corrupt
 from cmdlab.errors import InputError
+from cmdlab.retrieval.denoising import CHOICES, Corruption, Denoiser, Denoising, corrupt
 
 WIDTH, CONTEXT, LONGEST = 16, 12, 6
 LENGTHS = torch.tensor([6, 1, 4, 3])

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from cmdlab.retrieval.denoising import Denoising
 from cmdlab.encoders.store import Features
 from cmdlab.errors import InputError
 from cmdlab.experiment.run import inference_cost
+from cmdlab.retrieval.denoising import Denoising
 from cmdlab.retrieval.model import RetrievalModel
 from cmdlab.retrieval.training import Trained, Training, embed, make_batch, train
 

@@ -17,9 +17,9 @@ import pytest
 import yaml
 
 from cmdlab.errors import InputError
-from cmdlab.sweeps.notebooks import NotebookError, read_notebook, run_notebook
 from cmdlab.records.records import load_records
 from cmdlab.sweeps.files import read_sweep
+from cmdlab.sweeps.notebooks import NotebookError, read_notebook, run_notebook
 from cmdlab.sweeps.run import run_cell, run_sweep
 
 DIRECTION = {

@@ -1,0 +1,52 @@
+"""Loads a corpus of any layout: picks the reader that its folder asks for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cmdlab.corpora.corpus import SPLITS, Corpus, Split, hash_of_lines, leave_out
+from cmdlab.corpora.flickr8k_audio import read_flickr8k_audio
+from cmdlab.corpora.spoken_coco import read_spoken_coco
+from cmdlab.corpora.untrusted import UntrustedFolder, is_name, shown
+from cmdlab.errors import InputError
+
+
+def load_corpus(root: Path | str, split: Split, *, skip_bad: bool = False) -> Corpus:
+    """Load one split of a corpus in SpokenCOCO's or Flickr8k Audio's layout.
+
+    The metadata of all splits is validated and the media files of this split must exist; none is
+    decoded (see `cmdlab.corpora.check`). `skip_bad` leaves bad entries out and lists them in
+    `left_out`. `content_hash` is that of a generated corpus' corpus.json, otherwise the SHA-256
+    over the metadata files.
+    Raises InputError, which names file and entry, for anything in the folder that is wrong.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split {shown(split)} is unknown; use one of {', '.join(SPLITS)}")
+    folder = UntrustedFolder(Path(root), skip_bad=skip_bad)
+    is_spoken_coco = any(map(folder.has, ("SpokenCOCO_train.json", "SpokenCOCO_val.json")))
+    is_flickr8k_audio = any(map(folder.has, ("flickr_audio", "wav2capt.txt")))
+    if is_spoken_coco == is_flickr8k_audio:
+        raise InputError(
+            f"{folder.root}: holds {'two corpora' if is_spoken_coco else 'no corpus'}; give a "
+            "folder with either SpokenCOCO_train.json or flickr_audio/wav2capt.txt in it"
+        )
+    read = read_spoken_coco if is_spoken_coco else read_flickr8k_audio
+    images, captions = read(folder, split)
+    name = "SpokenCOCO" if is_spoken_coco else "Flickr8k Audio"
+    content_hash = hash_of_lines(f"{digest}  {file}\n" for file, digest in folder.digests.items())
+    if folder.has("corpus.json"):
+        name, content_hash = read_identity(folder)
+    corpus = Corpus(name, folder.root, split, tuple(images), tuple(captions), content_hash)
+    return leave_out(corpus, folder.problems)
+
+
+def read_identity(folder: UntrustedFolder) -> tuple[str, str]:
+    """A generated corpus' name and content hash, as its corpus.json states them."""
+    identity = folder.read_json("corpus.json")
+    if not isinstance(identity, dict) or not is_name(identity.get("name")):
+        folder.fail("corpus.json", "name: is missing or no text; make the corpus again")
+    stated = identity.get("content_hash")
+    if not isinstance(stated, str) or not re.fullmatch("[0-9a-f]{64}", stated):
+        folder.fail("corpus.json", "content_hash: is no SHA-256 digest; make the corpus again")
+    return identity["name"], stated

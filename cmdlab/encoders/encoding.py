@@ -1,0 +1,139 @@
+"""Frozen encoders by name. Each turns captions or images into features, once; see `store.py`."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cmdlab.corpora import Caption, Image, read_image, read_speech
+from cmdlab.encoders.tiny import TinyImageEncoder, TinySpeechEncoder, TinyTextEncoder
+from cmdlab.errors import InputError
+
+WEIGHTS = Path(__file__).parent / "weights"
+IMAGE, SPEECH, TEXT = "tiny-image", "tiny-speech", "tiny-text"
+LIBRARIES = ("torch", "torchaudio", "numpy", "scipy", "pillow", "soundfile")  # decode and compute
+BATCH = 16  # what stays in a core's cache
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """How speech is degraded before it is encoded: an SNR drawn from a range (dB), and a room."""
+
+    snr_db: tuple[float, float] | None = (10.0, 30.0)
+    reverberation: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One item: tokens float16 [tokens, layers, width] and a unit-norm embedding float32 [D].
+
+    An encoder without tokens or without an embedding gives an array with no elements.
+    """
+
+    tokens: np.ndarray
+    embedding: np.ndarray
+
+
+def encode(
+    name: str, items: Sequence[Caption] | Sequence[Image], hearing: Hearing
+) -> list[Encoded]:
+    """Features of captions (tiny-speech: their sound, tiny-text: their text) or of images.
+
+    Raises InputError for an unknown name, for media that cannot be read, for an image that is not
+    64 × 64, and for text with a word that the text encoder does not know.
+    """
+    encoders = {IMAGE: _encode_images, SPEECH: _encode_speech, TEXT: _encode_texts}
+    if name not in encoders:
+        raise InputError(f"no encoder {name!r}; there are {', '.join(encoders)}")
+    with torch.inference_mode():
+        return encoders[name](items, hearing)  # type: ignore[operator]
+
+
+def fingerprint(name: str, hearing: Hearing) -> dict[str, Any]:
+    """All that an encoder's output depends on besides the corpus and the processor."""
+    weights = (WEIGHTS / f"{name}.safetensors").read_bytes()
+    here, corpora = Path(__file__), Path(__file__).parents[1] / "corpora"
+    modules = [here, here.with_name("tiny.py"), corpora / "audio.py", corpora / "images.py"]
+    source = b"".join(module.read_bytes() for module in modules)
+    return {
+        "encoder": name,
+        "weights": hashlib.sha256(weights).hexdigest(),
+        "source": hashlib.sha256(source).hexdigest(),
+        "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
+        "hearing": asdict(hearing) if name == SPEECH else None,
+    }
+
+
+@cache
+def tiny_encoder(name: str) -> Any:
+    """The trained encoder, in evaluation mode."""
+    from safetensors.torch import load_file
+
+    weights = load_file(WEIGHTS / f"{name}.safetensors")
+    module: nn.Module
+    if name == TEXT:
+        words = bytes(weights.pop("words").tolist()).decode().split()
+        module = TinyTextEncoder(tuple(words))
+    else:
+        module = TinyImageEncoder() if name == IMAGE else TinySpeechEncoder()
+    module.load_state_dict({key: value.float() for key, value in weights.items()})
+    return module.eval().requires_grad_(False)
+
+
+def _encode_images(images: Sequence[Image], _: Hearing) -> list[Encoded]:
+    encoded = []
+    for first in range(0, len(images), BATCH):
+        batch = images[first : first + BATCH]
+        pixels = [read_image(image.path) for image in batch]
+        for image, picture in zip(batch, pixels, strict=True):
+            if picture.shape != (64, 64, 3):
+                size = f"{picture.shape[1]} × {picture.shape[0]}"
+                raise InputError(f"{image.path}: {IMAGE} takes 64 × 64 pixels, not {size}; resize")
+        tokens, embeddings = tiny_encoder(IMAGE)(torch.from_numpy(np.stack(pixels)))
+        encoded += [
+            Encoded(t.half().numpy()[:, None], e.numpy())
+            for t, e in zip(tokens, embeddings, strict=True)
+        ]
+    return encoded
+
+
+def _encode_speech(captions: Sequence[Caption], hearing: Hearing) -> list[Encoded]:
+    sounds = [
+        torch.from_numpy(
+            read_speech(
+                caption,
+                snr_db=hearing.snr_db,
+                reverberation=hearing.reverberation,
+                seed=hearing.seed,
+            )
+        )
+        for caption in captions
+    ]
+    encoded: dict[int, Encoded] = {}
+    order = sorted(range(len(sounds)), key=lambda i: len(sounds[i]))  # little padding
+    for first in range(0, len(order), BATCH):
+        chosen = order[first : first + BATCH]
+        lengths = torch.tensor([len(sounds[i]) for i in chosen])
+        padded = nn.utils.rnn.pad_sequence([sounds[i] for i in chosen], batch_first=True)
+        states, tokens = tiny_encoder(SPEECH)(padded, lengths)
+        for i, state, count in zip(chosen, states.transpose(1, 2), tokens.tolist(), strict=True):
+            encoded[i] = Encoded(state[:count].half().numpy(), np.zeros(0, np.float32))
+    return [encoded[i] for i in range(len(captions))]
+
+
+def _encode_texts(captions: Sequence[Caption], _: Hearing) -> list[Encoded]:
+    encoder: TinyTextEncoder = tiny_encoder(TEXT)
+    for caption in captions:
+        unknown = [word for word in caption.text.split() if word not in encoder.index]
+        if unknown:
+            raise InputError(f"{caption.id}: {TEXT} does not know the word {unknown[0]!r}")
+    embeddings: Tensor = encoder(encoder.tokenise([caption.text for caption in captions]))
+    return [Encoded(np.zeros((0, 1, 1), np.float16), e.numpy()) for e in embeddings]
