@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
-from scipy.signal import oaconvolve
 
 from cmdlab.corpora.corpus import Caption
 from cmdlab.corpora.untrusted import is_regular
 from cmdlab.errors import InputError
 
 SAMPLE_RATE = 16_000  # Hz
+BLOCK = 16_384  # samples that a room's response is convolved with at a time
 MAX_SECONDS = 300  # spoken captions last seconds; a header can promise days
 
 
@@ -93,7 +93,7 @@ def degrade(
     if power == 0.0:
         return speech
     if reverberation:
-        speech = oaconvolve(speech, _room_response(random))[: len(speech)]
+        speech = _convolve(speech, _room_response(random))
         speech *= np.float32(np.sqrt(power / _power(speech)))
     if snr_db is not None:
         noise = _noise(random, len(speech))
@@ -104,6 +104,24 @@ def degrade(
 def _power(waveform: NDArray[np.float32]) -> float:
     """Mean square, summed in double precision."""
     return float(np.mean(np.square(waveform, dtype=np.float64))) if len(waveform) else 0.0
+
+
+def _convolve(waveform: NDArray[np.float32], response: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Their convolution, as long as the waveform, by overlap-save in blocks.
+
+    By torch's Fourier transforms: scipy.signal.oaconvolve gives the same in twice the time, which
+    was a fifth of a caption's.
+    """
+    import torch  # not for those who only read
+
+    past = len(response) - 1
+    step = BLOCK - past  # new samples of a block
+    blocks = -(-len(waveform) // step)
+    padded = torch.zeros(past + blocks * step)
+    padded[past : past + len(waveform)] = torch.from_numpy(waveform)
+    spectra = torch.fft.rfft(padded.unfold(0, BLOCK, step))
+    spectra *= torch.fft.rfft(torch.from_numpy(response), BLOCK)
+    return torch.fft.irfft(spectra, BLOCK)[:, past:].flatten()[: len(waveform)].numpy()
 
 
 def _room_response(random: np.random.Generator) -> NDArray[np.float32]:
@@ -126,6 +144,8 @@ def _noise(random: np.random.Generator, length: int) -> NDArray[np.float32]:
     """A piece of one of three long noises, from a random place on, of any level: [length]."""
     noise = _long_noise(("white", "pink", "babble")[int(random.integers(3))])
     start = int(random.integers(len(noise)))
+    if start + length <= len(noise):
+        return noise[start : start + length]
     return np.take(noise, np.arange(start, start + length), mode="wrap")
 
 

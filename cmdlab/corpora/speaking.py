@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,13 +98,13 @@ def speak(utterances: Sequence[Utterance]) -> list[Speech]:
     """
     # Ctrl-C raises in the main thread, wherever that is, and ctypes drops what a callback raises:
     # a piece of sound would be missing in silence. So espeak-ng calls back into a thread apart.
-    with _voice_data() as data, ThreadPoolExecutor(1) as apart:
-        return list(apart.map(lambda utterance: _speak(utterance, data), utterances))
+    with ThreadPoolExecutor(1) as apart:
+        return list(apart.map(_speak, utterances))
 
 
 def espeak_version() -> str:
     """The version of the espeak-ng library, such as "1.52.0"."""
-    with _voice_data() as data, _espeak(data) as (espeak, _):
+    with _espeak() as (espeak, _):
         espeak.espeak_Info.restype = ctypes.c_char_p
         return str(espeak.espeak_Info(None).decode())
 
@@ -140,7 +139,7 @@ _LOCK = threading.Lock()  # one fresh library at a time
 
 
 @contextmanager
-def _espeak(data: Path) -> Iterator[tuple[Any, int]]:
+def _espeak() -> Iterator[tuple[Any, int]]:
     """The library in the state of a new process, and its sampling rate; unloaded on leaving."""
     with _LOCK:
         path = _library_path()
@@ -149,7 +148,8 @@ def _espeak(data: Path) -> Iterator[tuple[Any, int]]:
         library = ctypes.CDLL(path)
         try:
             options = _DO_NOT_EXIT | _PHONEME_EVENTS
-            rate = library.espeak_Initialize(_SYNCHRONOUS, _BUFFER, os.fsencode(data), options)
+            data = os.fsencode(_data_path())
+            rate = library.espeak_Initialize(_SYNCHRONOUS, _BUFFER, data, options)
             if rate <= 0:
                 raise RuntimeError(f"espeak-ng cannot start from {path}")
             yield library, rate
@@ -174,36 +174,42 @@ def _library_path() -> str:
     return str(espeakng_loader.get_library_path())
 
 
-@contextmanager
-def _voice_data() -> Iterator[Path]:
+def _data_path() -> str:
+    return _voice_data().name
+
+
+@cache
+def _voice_data() -> tempfile.TemporaryDirectory[str]:
     """A folder of links to espeak-ng's data, the English accents by their names in lower case.
 
     espeak-ng finds a voice at once only by such a name; otherwise it reads every voice that it
-    has, which takes half as long as the speaking.
+    has, which takes half as long as the speaking. The folder goes when the process ends.
     """
     import espeakng_loader
 
     data = espeakng_loader.get_data_path()
-    with tempfile.TemporaryDirectory(prefix="cmdlab-espeak-") as folder:
-        os.mkdir(f"{folder}/lang")
-        for accent in os.listdir(f"{data}/lang/gmw"):
-            os.symlink(f"{data}/lang/gmw/{accent}", f"{folder}/lang/{accent.lower()}")
-        for name in ("en_dict", "intonations", "phondata", "phonindex", "phontab", "voices"):
-            os.symlink(f"{data}/{name}", f"{folder}/{name}")
-        yield Path(folder)
+    links = tempfile.TemporaryDirectory(prefix="cmdlab-espeak-")
+    os.mkdir(f"{links.name}/lang")
+    for accent in os.listdir(f"{data}/lang/gmw"):
+        os.symlink(f"{data}/lang/gmw/{accent}", f"{links.name}/lang/{accent.lower()}")
+    for name in ("en_dict", "intonations", "phondata", "phonindex", "phontab", "voices"):
+        os.symlink(f"{data}/{name}", f"{links.name}/{name}")
+    return links
 
 
-def _has_voice(voice: str, data: Path) -> bool:
+@cache
+def _has_voice(voice: str) -> bool:
     """Whether there are files for the accent and the variant; espeak-ng itself ignores the last."""
     accent, _, variant = voice.partition("+")
-    return os.path.isfile(data / "lang" / accent) and os.path.isfile(data / "voices/!v" / variant)
+    files = (f"lang/{accent}", f"voices/!v/{variant}")
+    return all(os.path.isfile(f"{_data_path()}/{file}") for file in files)
 
 
-def _speak(utterance: Utterance, data: Path) -> Speech:
+def _speak(utterance: Utterance) -> Speech:
     text, voice = utterance.text, utterance.voice
     if not (80 <= utterance.rate <= 450 and 0 <= utterance.pitch <= 99):
         raise ValueError(f"the rate must be 80 to 450 and the pitch 0 to 99 in {utterance}")
-    if not _has_voice(voice, data):
+    if not _has_voice(voice):
         raise ValueError(f"espeak-ng has no voice {voice!r}")
     if not text.strip() or "\0" in text:
         raise ValueError(f"there is nothing to speak in {utterance}")
@@ -228,7 +234,7 @@ def _speak(utterance: Utterance, data: Path) -> Speech:
 
     callback = _Callback(listen)
     coded = text.encode() + b"\0"
-    with _espeak(data) as (espeak, rate):
+    with _espeak() as (espeak, rate):
         espeak.espeak_SetSynthCallback(callback)
         espeak.espeak_ng_SetRandSeed(ctypes.c_long(1))
         failed = (

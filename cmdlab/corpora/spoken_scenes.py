@@ -59,9 +59,9 @@ def make_corpus(
 ) -> None:
     """Makes the corpus of this preset and seed in `folder`; the bytes depend on those two alone.
 
-    `workers` processes (default: one a core) make it shard by shard in the folder beside it named
-    `<folder>.making`, so memory does not grow with the corpus, and work that was stopped goes on
-    from the last whole shard. A folder that holds this very corpus already is kept.
+    `workers` processes (default: one a core; 1 is this one) make it shard by shard in the folder
+    beside it named `<folder>.making`, so memory does not grow with the corpus, and work that was
+    stopped goes on from the last whole shard. A folder that holds this very corpus already is kept.
 
     Test captions are spoken by a voice of the study or, half of them, by one of TEST_ONLY_VOICES,
     which neither the other splits nor the encoders' training have.
@@ -176,8 +176,13 @@ def _make_shards(making: Path, preset: Preset, seed: int, workers: int) -> None:
         desc="SpokenScenes",
         unit=" images",
     )
-    pool = worker_pool(max(1, min(workers, len(missing))))
     with bar:
+        if min(workers, len(missing)) <= 1:  # quicker done here than a process is started
+            for shard in missing:
+                _make_shard(making, shard, seed)
+                bar.update(len(shard.images))
+            return
+        pool = worker_pool(min(workers, len(missing)))
         try:
             made = {pool.submit(_make_shard, making, shard, seed): shard for shard in missing}
             for future in as_completed(made):

@@ -43,16 +43,21 @@ class FeatureStore:
         return len(self.lengths)
 
     def tokens(self, items: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """float32 [items, layers, longest, width], zero where padded, and int64 lengths [items]."""
+        """float32 [layers, all tokens, width], item after item, and int64 lengths [items]."""
         lengths = self.lengths[torch.as_tensor(items)]
-        padded = np.zeros(
-            (len(lengths), int(lengths.max()), self.layers, self.width), dtype=np.float16
-        )
-        for row, item in enumerate(items):
+        states = np.empty((int(lengths.sum()), self.layers, self.width), np.float16)
+        begin = 0
+        for item, length in zip(items, lengths.tolist(), strict=True):
             chunk, within = divmod(int(item), CHUNK)
-            start, end = self._starts[chunk][within : within + 2]
-            padded[row, : end - start] = self._tokens[chunk][start:end]
-        return torch.from_numpy(padded).float().transpose(1, 2).contiguous(), lengths
+            start = self._starts[chunk][within]
+            states[begin : begin + length] = self._tokens[chunk][start : start + length]
+            begin += length
+        by_layer = torch.from_numpy(states).transpose(0, 1)
+        return by_layer.to(torch.float32, memory_format=torch.contiguous_format), lengths
+
+    def patches(self, items: Sequence[int]) -> Tensor:
+        """float32 [items, patches, width], for images, which all have as many patches."""
+        return self.tokens(items)[0][0].unflatten(0, (len(items), -1))
 
 
 @dataclass(frozen=True)
@@ -129,12 +134,13 @@ Part = tuple[Path, int, str, Sequence[Caption] | Sequence[Image]]  # store, chun
 def _build(parts: list[Part], done: int, hearing: Hearing, workers: int) -> None:
     total = done + sum(len(part[3]) for part in parts)
     bar = tqdm(total=total, initial=done, desc="features", unit=" items", leave=False)
-    if len(parts) == 1:  # quicker done here than a process is started
+    if min(workers, len(parts)) == 1:  # quicker done here than a process is started
         threads = torch.get_num_threads()
         _one_thread()
         try:
             with bar:
-                bar.update(_write_chunk(*parts[0], hearing))
+                for part in parts:
+                    bar.update(_write_chunk(*part, hearing))
         finally:
             torch.set_num_threads(threads)
         return

@@ -4,6 +4,8 @@ A word's map is the product of its mean frame token and every patch, both projec
 space. It needs no denoiser, so it is measured alike on every arm.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,6 @@ from cmdlab.encoders import (
     IMAGE_GRID,
     TOKENS_PER_SECOND,
     Features,
-    FeatureStore,
     tiny_encoder,
 )
 from cmdlab.retrieval import RetrievalModel
@@ -26,27 +27,38 @@ BATCH = 250  # pairs
 TELLING = {word for table in (SHAPES, COLOURS) for words in table.values() for word in words}
 
 
+@dataclass(frozen=True)
+class Aligned:
+    """One caption and its image in the shared space, piece by piece."""
+
+    frames: Tensor  # [tokens, D] of the speech
+    patches: Tensor  # [64, D], in row order, without what all of them share
+
+    def word_maps(self, words: list[TimedWord]) -> Tensor:
+        """How well each word fits each patch, float32 [words, 64]; higher is better."""
+        maps = []
+        for word in words:
+            first = min(int(word.start * TOKENS_PER_SECOND), len(self.frames) - 1)
+            last = max(first + 1, min(round(word.end * TOKENS_PER_SECOND), len(self.frames)))
+            maps.append(self.patches @ self.frames[first:last].mean(0))
+        return torch.stack(maps)
+
+
 @torch.inference_mode()
-def word_maps(
-    model: RetrievalModel, features: Features, caption: int, words: list[TimedWord]
-) -> Tensor:
-    """How well each word fits each patch, float32 [words, 64] in row order; higher is better."""
-    states, lengths = features.speech.tokens([caption])
-    tokens, _ = model.speech_head(states, lengths)
-    frames = model.speech_head.projection(tokens[0, : int(lengths)])  # [tokens, D]
-    patches, _ = features.image.tokens([int(features.image_index[caption])])
-    patches, _ = model.image_head(patches[0], features.image.embeddings[:1])
-    if model.image_head.pools_patches:
-        projected = model.image_head.projection(patches[0])
-    else:
-        projected = tiny_encoder(IMAGE).project(patches[0])
-    projected = projected - projected.mean(0)  # what all patches share points nowhere
-    maps = []
-    for word in words:
-        first = min(int(word.start * TOKENS_PER_SECOND), len(frames) - 1)
-        last = max(first + 1, min(round(word.end * TOKENS_PER_SECOND), len(frames)))
-        maps.append(projected @ frames[first:last].mean(0))
-    return torch.stack(maps)
+def align(model: RetrievalModel, features: Features, captions: Sequence[int]) -> Iterator[Aligned]:
+    """Each caption with its image."""
+    head = model.image_head
+    project = head.projection if head.pools_patches else tiny_encoder(IMAGE).project
+    for first in range(0, len(captions), BATCH):
+        batch = captions[first : first + BATCH]
+        states, lengths = features.speech.tokens(batch)
+        images = features.image_index[torch.as_tensor(batch)]
+        patches = features.image.patches(images.tolist())
+        patches = project(head(patches, features.image.embeddings[images])[0])
+        patches = patches - patches.mean(1, keepdim=True)
+        frames = model.speech_head.projection(model.speech_head(states, lengths)[0])
+        for i, length in enumerate(lengths.tolist()):
+            yield Aligned(frames[i, :length], patches[i])
 
 
 def pointing_game(
@@ -59,13 +71,13 @@ def pointing_game(
     """
     centre = (np.arange(IMAGE_GRID) + 0.5) * PATCH
     hits, chance = [], []
-    for caption in captions:
+    for caption, aligned in zip(captions, align(model, features, captions), strict=True):
         boxes = truth.boxes[int(features.image_index[caption])]
         words = [word for word in truth.words[caption] if word.word in TELLING]
         words = [word for word in words if word.object is not None]
         if not words:
             continue
-        best = word_maps(model, features, caption, words).argmax(1)
+        best = aligned.word_maps(words).argmax(1)
         for word, patch in zip(words, best.tolist(), strict=True):
             x0, y0, x1, y1 = boxes[word.object]
             inside = ((y0 <= centre) & (centre < y1))[:, None] & ((x0 <= centre) & (centre < x1))
@@ -76,24 +88,12 @@ def pointing_game(
     return {"hits": sum(hits), "words": len(hits), "chance": float(np.mean(chance))}
 
 
-@torch.inference_mode()
-def foil_test(
-    model: RetrievalModel, features: Features, foils: FeatureStore, caption_of_foil: list[int]
-) -> dict[str, Any]:
+def foil_test(said: Tensor, foil: Tensor, image: Tensor) -> dict[str, int]:
     """How often an image scores higher with its caption than with the caption's foil.
 
-    foils: the foils' speech; caption_of_foil: for each the caption (a row of `features.speech`)
-    whose first two colours were exchanged, in the same voice.
+    said, foil, image: embeddings [foils, D] of a caption, of the same caption with its first two
+    colours exchanged, in the same voice, and of the caption's image.
     """
-    wins = ties = 0
-    for first in range(0, len(foils), BATCH):
-        rows = range(first, min(first + BATCH, len(foils)))
-        captions = [caption_of_foil[row] for row in rows]
-        images = features.image_index[captions]
-        patches, _ = features.image.tokens(images.tolist())
-        _, image = model.image_head(patches[:, 0], features.image.embeddings[images])
-        said = (model.speech_head(*features.speech.tokens(captions))[1] * image).sum(1)
-        swapped = (model.speech_head(*foils.tokens(rows))[1] * image).sum(1)
-        wins += int((said > swapped).sum())
-        ties += int((said == swapped).sum())
-    return {"wins": wins, "ties": ties, "pairs": len(foils)}
+    own, other = (said * image).sum(1), (foil * image).sum(1)
+    wins, ties = int((own > other).sum()), int((own == other).sum())
+    return {"wins": wins, "ties": ties, "pairs": len(foil)}

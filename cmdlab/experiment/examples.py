@@ -16,7 +16,7 @@ from PIL import Image as Picture
 from cmdlab.corpora import SAMPLE_RATE, read_audio, read_image
 from cmdlab.encoders import IMAGE_GRID
 from cmdlab.evaluation import RankTable
-from cmdlab.experiment.alignment import word_maps
+from cmdlab.experiment.alignment import align
 from cmdlab.experiment.run import Data
 from cmdlab.records import write_json
 from cmdlab.retrieval import RetrievalModel, embed_images, embed_speech
@@ -36,8 +36,8 @@ def write_examples(data: Data, model: RetrievalModel, run_folder: Path) -> None:
     shutil.rmtree(run_folder / "examples", ignore_errors=True)  # they may be of another corpus
     (run_folder / "examples").mkdir()
     shown = [*chosen.tolist(), *map(int, worst)]
-    speech = embed_speech(model, data.test, shown, "cpu")
-    image = embed_images(model, data.test, range(len(data.test.image)), "cpu")
+    speech = embed_speech(model, data.test.speech, shown, "cpu")
+    image = embed_images(model, data.test.image, range(len(data.test.image)), "cpu")
     model.eval()
     queries = [
         _query(
@@ -89,7 +89,7 @@ def _query(
     }
     if data.truth:
         words = data.truth.words[index]
-        maps = word_maps(model, data.test, index, words)
+        maps = next(align(model, data.test, [index])).word_maps(words)
         query["words"] = [{"word": w.word, "start": w.start, "end": w.end} for w in words]
         query["maps"] = {"rows": IMAGE_GRID, "columns": IMAGE_GRID, "values": maps.tolist()}
     return query

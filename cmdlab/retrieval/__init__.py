@@ -2,13 +2,22 @@
 
 from cmdlab.retrieval.denoising import Denoising
 from cmdlab.retrieval.model import RetrievalModel
-from cmdlab.retrieval.training import Trained, Training, embed_images, embed_speech, rank, train
+from cmdlab.retrieval.training import (
+    Trained,
+    Training,
+    embed,
+    embed_images,
+    embed_speech,
+    rank,
+    train,
+)
 
 __all__ = [
     "Denoising",
     "RetrievalModel",
     "Trained",
     "Training",
+    "embed",
     "embed_images",
     "embed_speech",
     "rank",

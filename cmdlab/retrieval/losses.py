@@ -13,8 +13,8 @@ from cmdlab.retrieval.model import RetrievalModel, Shape
 class Batch(NamedTuple):
     """N captions, each with its image, as the frozen encoders give them."""
 
-    states: Tensor  # [N, layers, T, width] of the speech
-    lengths: Tensor  # int64 [N]
+    states: Tensor  # [layers, all tokens, width] of the speech, caption after caption
+    lengths: Tensor  # int64 [N], tokens of each caption
     patches: Tensor  # [N, P, width] of the image
     embedding: Tensor  # [N, D] of the image, unit norm
     image_id: Tensor  # int64 [N]

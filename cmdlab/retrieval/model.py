@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmdlab.errors import InputError
 
@@ -56,44 +57,83 @@ class SpeechHead(nn.Module):
         self.projection = nn.Linear(width, shape.embedding)
 
     def forward(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """states: [batch, layers, tokens, width], lengths: int64 [batch], at least 1.
+        """states: [layers, all tokens, width], one caption's tokens after another's; lengths: int64
+        [batch], the number of tokens of each caption, at least 1.
 
-        Returns tokens [batch, tokens, width], zero beyond the lengths, and embeddings
-        [batch, embedding] of unit norm. What stands beyond a length has no part in either.
+        Returns tokens [batch, longest, width], zero beyond the lengths, and embeddings
+        [batch, embedding] of unit norm.
         """
         tokens = self.contextualise(self.mix(states, lengths), lengths)
         return tokens, self.pool(tokens, lengths)
 
     def mix(self, states: Tensor, lengths: Tensor) -> Tensor:
-        """The softmax-weighted sum of layers [batch, tokens, width], zero beyond the lengths."""
-        states = states.masked_fill(_padding(states[:, 0], lengths)[:, None, :, None], 0)
-        return torch.einsum("l,bltd->btd", self.layer_weights.softmax(0), states)
+        """The softmax-weighted sum of layers [batch, longest, width], zero beyond the lengths."""
+        mixed = (self.layer_weights.softmax(0) @ states.flatten(1)).unflatten(0, states.shape[1:])
+        return _pad(mixed, _valid(lengths, int(lengths.max())))
 
     def contextualise(self, mixed: Tensor, lengths: Tensor) -> Tensor:
-        """Contextual tokens [batch, tokens, width] of what `mix` gave, zero beyond the lengths."""
-        # Half of a batch is padding, so on a CPU captions of like length are computed together.
-        on_cpu = mixed.device.type == "cpu"
-        tokens = torch.zeros_like(mixed)
-        for items in lengths.argsort(stable=True).split(GROUP if on_cpu else len(mixed)):
-            longest = int(lengths[items].max()) if on_cpu else mixed.shape[1]
-            group = mixed[items, :longest]
-            padding = _padding(group, lengths[items])
-            group = self.norm(self.transformer(group, src_key_padding_mask=padding))
-            tokens[items, :longest] = group.masked_fill(padding[..., None], 0)
-        return tokens
+        """Contextual tokens [batch, tokens, width] of what `mix` gave, zero beyond the lengths.
+
+        What stands beyond a length has no part in them. This is the transformer layer's own
+        forward, but for the padding, which is half of a batch: all but the attention is done to the
+        valid tokens, side by side.
+        """
+        valid = _valid(lengths, mixed.shape[1])
+        layer = self.transformer
+        tokens = mixed[valid]  # [all tokens, width]
+        tokens = tokens + self._attend(layer.norm1(tokens), lengths)
+        hidden = nn.functional.gelu(layer.linear1(layer.norm2(tokens)))
+        return _pad(self.norm(tokens + layer.linear2(hidden)), valid)
+
+    def _attend(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Each caption's self-attention, on [all tokens, width]; captions of like length together.
+
+        On a CPU by plain products of matrices: there torch's fused attention takes twice as long at
+        these sizes, forward and backward.
+        """
+        attention = self.transformer.self_attn
+        projected = nn.functional.linear(
+            tokens, attention.in_proj_weight, attention.in_proj_bias
+        )  # [all tokens, 3 width]: query, key, value
+        begin = lengths.cumsum(0) - lengths
+        on_cpu = tokens.device.type == "cpu"
+        backend = [SDPBackend.MATH] if on_cpu else list(SDPBackend.__members__.values())
+        rows, parts = [], []
+        for group in lengths.argsort(stable=True).split(GROUP if on_cpu else len(lengths)):
+            longest = int(lengths[group[-1]])
+            valid = _valid(lengths[group], longest)
+            row = begin[group, None] + torch.arange(longest, device=lengths.device)
+            row = row.where(valid, 0)  # whatever it holds, it is masked
+            padded = projected.index_select(0, row.flatten())
+            padded = padded.view(len(group), longest, 3, attention.num_heads, -1)
+            query, key, value = padded.permute(2, 0, 3, 1, 4)  # [group, heads, longest, head width]
+            with sdpa_kernel(backend):
+                mixed = nn.functional.scaled_dot_product_attention(
+                    query, key, value, attn_mask=valid[:, None, None]
+                )
+            rows.append(row[valid])
+            parts.append(mixed.transpose(1, 2).flatten(2)[valid])
+        attended = torch.cat(parts).index_select(0, torch.cat(rows).argsort())
+        return attention.out_proj(attended)
 
     def pool(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Embeddings [batch, embedding] of unit norm of what `contextualise` gave."""
-        importance = self.importance(tokens).masked_fill(
-            _padding(tokens, lengths)[..., None], -torch.inf
-        )
+        beyond = ~_valid(lengths, tokens.shape[1])[..., None]
+        importance = self.importance(tokens).masked_fill(beyond, -torch.inf)
         pooled = self.projection((importance.softmax(1) * tokens).sum(1))
         return nn.functional.normalize(pooled, dim=-1)
 
 
-def _padding(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Which of [batch, tokens] stand beyond the lengths."""
-    return torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+def _valid(lengths: Tensor, tokens: int) -> Tensor:
+    """bool [batch, tokens]: which of them are no padding."""
+    return torch.arange(tokens, device=lengths.device) < lengths[:, None]
+
+
+def _pad(tokens: Tensor, valid: Tensor) -> Tensor:
+    """Tokens [all tokens, width] at the valid places of [batch, tokens, width], zeros elsewhere."""
+    place = valid.flatten().nonzero()[:, 0]
+    padded = tokens.new_zeros(valid.numel(), tokens.shape[1])
+    return padded.index_copy(0, place, tokens).unflatten(0, valid.shape)
 
 
 class ImageHead(nn.Module):

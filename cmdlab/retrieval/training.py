@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cmdlab.encoders import Features
+from cmdlab.encoders import Features, FeatureStore
 from cmdlab.errors import InputError, check_types
 from cmdlab.evaluation import RankTable, rank_table, retrieval_metrics
 from cmdlab.retrieval.denoising import Denoising
@@ -63,6 +63,7 @@ class Trained:
     model: RetrievalModel
     denoisers: nn.ModuleDict
     curve: list[dict[str, Any]]
+    validation: dict[str, Any]  # metrics of the last validation, as `retrieval_metrics` gives them
     seconds: float  # of training steps, validation left out
     peak_memory_bytes: int  # of the process on a CPU, of what torch held on a GPU
 
@@ -96,7 +97,7 @@ def train(
     patches = int(train_features.image.lengths.max())
     torch.manual_seed(training.seed)  # the heads are the same whether there is a denoiser or not
     denoisers = make_denoisers(training.denoising, shape, patches) if training.weight else None
-    trained = Trained(model, (denoisers or nn.ModuleDict()).to(device), [], 0.0, 0)
+    trained = Trained(model, (denoisers or nn.ModuleDict()).to(device), [], {}, 0.0, 0)
     parameters = [*model.parameters(), *trained.denoisers.parameters()]
     optimiser = torch.optim.AdamW(
         parameters, training.learning_rate, weight_decay=training.weight_decay
@@ -129,6 +130,8 @@ def train(
         trained.seconds += time.perf_counter() - started
         ends = step + 1 == training.steps
         validates = (step + 1) % training.validate_every == 0 or ends
+        if validates:
+            trained.validation = retrieval_metrics(rank(model, validation, device))
         if validates or step % 10 == 0:
             trained.curve.append(
                 {
@@ -137,11 +140,7 @@ def train(
                     "contrastive": losses.contrastive.item(),
                     "denoising": losses.denoising.item() if losses.denoising is not None else None,
                     "temperature": 1 / model.scale.item(),
-                    "validation_mean_R@1": (
-                        retrieval_metrics(rank(model, validation, device))["mean_R@1"]
-                        if validates
-                        else None
-                    ),
+                    "validation_mean_R@1": trained.validation["mean_R@1"] if validates else None,
                 }
             )
         if checkpoint is not None and validates:
@@ -158,26 +157,23 @@ def make_batch(features: Features, captions: Tensor, device: str) -> Batch:
     """The captions (int64 [N], rows of `features.speech`) and their images, on the device."""
     states, lengths = features.speech.tokens(captions.tolist())
     images = features.image_index[captions]
-    patches, _ = features.image.tokens(images.tolist())
-    batch = Batch(states, lengths, patches[:, 0], features.image.embeddings[images], images)
+    patches = features.image.patches(images.tolist())
+    batch = Batch(states, lengths, patches, features.image.embeddings[images], images)
     return Batch(*(tensor.to(device) for tensor in batch))
 
 
-def embed(
-    model: RetrievalModel, features: Features, device: str, batch_size: int = 250
-) -> tuple[Tensor, Tensor]:
+def embed(model: RetrievalModel, features: Features, device: str) -> tuple[Tensor, Tensor]:
     """Embeddings of every caption [N, D] and every image [M, D], float32 on the CPU."""
-    captions, images = range(len(features.speech)), range(len(features.image))
     return (
-        embed_speech(model, features, captions, device, batch_size),
-        embed_images(model, features, images, device, batch_size),
+        embed_speech(model, features.speech, range(len(features.speech)), device),
+        embed_images(model, features.image, range(len(features.image)), device),
     )
 
 
 @torch.inference_mode()
 def embed_speech(
     model: RetrievalModel,
-    features: Features,
+    speech: FeatureStore,
     captions: Sequence[int],
     device: str,
     batch_size: int = 250,
@@ -186,7 +182,7 @@ def embed_speech(
     model.eval()
     parts = []
     for first in range(0, len(captions), batch_size):
-        states, lengths = features.speech.tokens(captions[first : first + batch_size])
+        states, lengths = speech.tokens(captions[first : first + batch_size])
         parts.append(model.speech_head(states.to(device), lengths.to(device))[1].cpu())
     model.train()
     return torch.cat(parts)
@@ -195,7 +191,7 @@ def embed_speech(
 @torch.inference_mode()
 def embed_images(
     model: RetrievalModel,
-    features: Features,
+    image: FeatureStore,
     images: Sequence[int],
     device: str,
     batch_size: int = 250,
@@ -205,9 +201,9 @@ def embed_images(
     parts = []
     for first in range(0, len(images), batch_size):
         rows = images[first : first + batch_size]
-        patches, _ = features.image.tokens(rows)
-        frozen = features.image.embeddings[torch.as_tensor(rows)]
-        parts.append(model.image_head(patches[:, 0].to(device), frozen.to(device))[1].cpu())
+        patches = image.patches(rows).to(device)
+        frozen = image.embeddings[torch.as_tensor(rows)].to(device)
+        parts.append(model.image_head(patches, frozen)[1].cpu())
     model.train()
     return torch.cat(parts)
 
@@ -248,6 +244,7 @@ def _save_checkpoint(
         "denoisers": trained.denoisers.state_dict(),
         "optimiser": optimiser.state_dict(),
         "curve": trained.curve,
+        "validation": trained.validation,
         "seconds": trained.seconds,
     }
     aside = path.with_name(f"{path.name}.part")
@@ -269,7 +266,8 @@ def _load_checkpoint(
         trained.model.load_state_dict(state["model"])
         trained.denoisers.load_state_dict(state["denoisers"])
         optimiser.load_state_dict(state["optimiser"])
-        trained.curve, trained.seconds = state["curve"], state["seconds"]
+        trained.curve, trained.validation = state["curve"], state["validation"]
+        trained.seconds = state["seconds"]
         return int(state["step"])
     except InputError:
         raise

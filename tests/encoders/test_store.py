@@ -73,10 +73,11 @@ def test_the_store_gives_what_the_encoder_gave(built, corpus):
     parts = [encode(IMAGE, corpus.images[i : i + 3], HEARING) for i in (0, 3, 6)]
     encoded = [item for part in parts for item in part]
     tokens, lengths = features.tokens([7, 0, 3])  # of three chunks, in another order
-    assert tokens.shape == (3, 1, 64, 128)
+    assert tokens.shape == (1, 3 * 64, 128)
     assert lengths.tolist() == [64] * 3
-    for row, item in zip(tokens, (7, 0, 3), strict=True):
-        assert (row.numpy() == encoded[item].tokens.transpose(1, 0, 2)).all()
+    for own, item in zip(tokens.split(64, 1), (7, 0, 3), strict=True):
+        assert (own.numpy() == encoded[item].tokens.transpose(1, 0, 2)).all()
+    assert torch.equal(features.patches([7, 0, 3]), tokens[0].view(3, 64, 128))
     assert (features.embeddings.numpy() == np.stack([one.embedding for one in encoded])).all()
     assert features.embeddings.norm(dim=1) == pytest.approx(1, abs=1e-5)
 
@@ -87,10 +88,11 @@ def test_speech_is_ragged_and_the_same_for_any_number_of_workers(corpus, tmp_pat
     assert content(tmp_path / "one") == content(tmp_path / "two")
     tokens, lengths = one.tokens(range(ITEMS))
     assert len(set(lengths.tolist())) > 1
-    assert tokens.shape == (ITEMS, one.layers, int(lengths.max()), one.width)
-    for row, length in zip(tokens, lengths.tolist(), strict=True):
-        assert (row[:, length:] == 0).all()
-        assert (row[:, :length] != 0).any(dim=(0, 2)).all()
+    assert tokens.shape == (one.layers, int(lengths.sum()), one.width)
+    again, _ = one.tokens([3, 1])
+    parts = tokens.split(lengths.tolist(), 1)
+    assert torch.equal(again, torch.cat([parts[3], parts[1]], 1))
+    assert (tokens != 0).any(dim=(0, 2)).all()
 
 
 def test_several_stores_are_opened_in_the_order_asked_for(corpus, built, tmp_path):

@@ -18,9 +18,10 @@ def make_batch(ids: list[int], seed: int = 0) -> Batch:
     pictures = torch.nn.functional.normalize(torch.randn(9, 8, generator=generator), dim=-1)
     patches = torch.randn(9, 4, 12, generator=generator)
     image_id = torch.tensor(ids)
+    lengths = torch.randint(1, 7, (len(ids),), generator=generator)
     return Batch(
-        torch.randn(len(ids), 2, 6, 16, generator=generator),
-        torch.randint(1, 7, (len(ids),), generator=generator),
+        torch.randn(2, int(lengths.sum()), 16, generator=generator),
+        lengths,
         patches[image_id],
         pictures[image_id],
         image_id,

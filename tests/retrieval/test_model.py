@@ -27,34 +27,36 @@ def model() -> RetrievalModel:
 
 @pytest.fixture
 def states() -> torch.Tensor:
-    return torch.randn(4, 3, 7, 16, generator=torch.Generator().manual_seed(1))
+    return torch.randn(3, int(LENGTHS.sum()), 16, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e9])
 def test_what_stands_beyond_a_length_has_no_part(model, states, training, poison):
     model.train(training)
-    clean = model.speech_head(states, LENGTHS)
+    clean, embeddings = model.speech_head(states, LENGTHS)
+    mixed = model.speech_head.mix(states, LENGTHS).detach()
     for row, length in enumerate(LENGTHS.tolist()):
-        states[row, :, length:] = poison
-    states.requires_grad_()
-    tokens, embeddings = model.speech_head(states, LENGTHS)
-    assert torch.equal(embeddings, clean[1])
-    for row, length in enumerate(LENGTHS.tolist()):
-        assert torch.equal(tokens[row, :length], clean[0][row, :length])
-        alone = model.speech_head(states[row : row + 1, :, :length], LENGTHS[row : row + 1])[1]
-        assert torch.allclose(alone[0], embeddings[row], atol=1e-6)
-    embeddings.square().sum().backward()
-    assert torch.isfinite(states.grad).all()
-    assert all(torch.isfinite(p.grad).all() for p in model.speech_head.parameters())
+        assert not mixed[row, length:].any()
+        mixed[row, length:] = poison
+    mixed.requires_grad_()
+    tokens = model.speech_head.contextualise(mixed, LENGTHS)
+    assert torch.equal(tokens, clean)
+    for row, alone in enumerate(states.split(LENGTHS.tolist(), 1)):
+        alone = model.speech_head(alone, LENGTHS[row : row + 1])
+        assert torch.allclose(alone[0][0], tokens[row, : int(LENGTHS[row])], atol=1e-5)
+        assert torch.allclose(alone[1][0], embeddings[row], atol=1e-6)
+    model.speech_head.pool(tokens, LENGTHS).square().sum().backward()
+    assert torch.isfinite(mixed.grad).all()
+    assert all(
+        torch.isfinite(p.grad).all() for p in model.speech_head.parameters() if p.grad is not None
+    )
 
 
 def test_without_gradients_the_same_comes_out(model, states):
     """torch takes another path there, and it must not see the padding either."""
     model.eval()
     expected = model.speech_head(states, LENGTHS)[1]
-    for row, length in enumerate(LENGTHS.tolist()):
-        states[row, :, length:] = torch.nan
     with torch.inference_mode():
         found = model.speech_head(states, LENGTHS)[1]
     assert torch.allclose(found, expected, atol=1e-6)
@@ -62,11 +64,12 @@ def test_without_gradients_the_same_comes_out(model, states):
 
 def test_captions_computed_in_groups_come_back_in_their_order(model):
     generator = torch.Generator().manual_seed(2)
-    states = torch.randn(2 * GROUP + 3, 3, 9, 16, generator=generator)
-    lengths = torch.randint(1, 10, (len(states),), generator=generator)
+    lengths = torch.randint(1, 10, (2 * GROUP + 3,), generator=generator)
+    states = torch.randn(3, int(lengths.sum()), 16, generator=generator)
     tokens, embeddings = model.speech_head(states, lengths)
+    parts = states.split(lengths.tolist(), 1)
     for row, length in enumerate(lengths.tolist()):
-        alone = model.speech_head(states[row : row + 1, :, :length], lengths[row : row + 1])
+        alone = model.speech_head(parts[row], lengths[row : row + 1])
         assert torch.allclose(alone[0][0], tokens[row, :length], atol=1e-5)
         assert not tokens[row, length:].any()
         assert torch.allclose(alone[1][0], embeddings[row], atol=1e-5)
@@ -100,9 +103,10 @@ def test_the_global_image_head_gives_the_frozen_features_as_they_are():
 def test_layers_are_mixed_by_the_softmax_of_their_weights(model, states):
     with torch.no_grad():
         model.speech_head.layer_weights.copy_(torch.tensor([1.0, 2.0, 0.5]).log())
-    mixed = (states * torch.tensor([1.0, 2.0, 0.5])[:, None, None] / 3.5).sum(1, keepdim=True)
-    expected = model.speech_head(mixed.expand(-1, 3, -1, -1), LENGTHS)[1]
-    assert torch.allclose(model.speech_head(states, LENGTHS)[1], expected, atol=1e-6)
+    expected = (states * torch.tensor([1.0, 2.0, 0.5])[:, None, None] / 3.5).sum(0)
+    mixed = model.speech_head.mix(states, LENGTHS)
+    for row, own in enumerate(expected.split(LENGTHS.tolist())):
+        assert torch.allclose(mixed[row, : len(own)], own, atol=1e-6)
 
 
 def test_the_temperature_is_bounded_and_can_leave_its_bound(model):

@@ -118,9 +118,9 @@ def test_an_epoch_takes_no_caption_twice(features):
 def test_a_batch_pairs_each_caption_with_its_image(features):
     batch = make_batch(features, torch.tensor([5, 0, 4]), "cpu")
     assert batch.image_id.tolist() == [2, 0, 2]
-    assert batch.states.shape == (3, 2, int(batch.lengths.max()), 16)
+    assert batch.states.shape == (2, int(batch.lengths.sum()), 16)
     assert torch.equal(batch.patches[0], batch.patches[2])
-    assert torch.equal(batch.patches[0], features.image.tokens([2])[0][0, 0])
+    assert torch.equal(batch.patches[0], features.image.patches([2])[0])
     assert torch.equal(batch.embedding, features.image.embeddings[[2, 0, 2]])
 
 
