@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cmdlab.errors import InputError
+from cmdlab.outputs import write_file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,7 +111,11 @@ def _bench(chosen: Namespace) -> int:
     run_benchmarks = importlib.import_module("bench").run_benchmarks
     try:
         right = run_benchmarks(
-            chosen.device, quick=chosen.quick, operations=chosen.operations, output=chosen.output
+            chosen.device,
+            quick=chosen.quick,
+            operations=chosen.operations,
+            output=chosen.output,
+            write=write_file,
         )
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -5,8 +5,8 @@ continues to the very same weights (on a CPU, bit for bit), and two arms of one 
 batches from the same initial heads.
 """
 
+import io
 import math
-import os
 import resource
 import time
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from cmdlab.encoders import Features
 from cmdlab.errors import InputError, check_types
 from cmdlab.evaluation import RankTable, rank_table, retrieval_metrics
+from cmdlab.outputs import write_file
 from cmdlab.retrieval.denoising import Denoising
 from cmdlab.retrieval.losses import Batch, make_denoisers, training_losses
 from cmdlab.retrieval.model import RetrievalModel, Shape
@@ -250,9 +251,9 @@ def _save_checkpoint(
         "curve": trained.curve,
         "seconds": trained.seconds,
     }
-    aside = path.with_name(f"{path.name}.part")
-    torch.save(state, aside)
-    os.replace(aside, path)
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_file(path, content.getvalue())
 
 
 def _load_checkpoint(

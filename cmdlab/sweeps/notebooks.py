@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cmdlab.errors import InputError
+from cmdlab.outputs import write_file
 
 
 class NotebookError(RuntimeError):
@@ -52,7 +53,7 @@ def run_notebook(notebook: Path, parameters: Mapping[str, Any], output: Path) ->
             execute(notebook, checked, Path(folder))
         finally:
             if executed.exists():
-                os.replace(executed, output)
+                write_file(output, executed.read_bytes())
 
 
 @dataclass(frozen=True)
