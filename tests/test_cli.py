@@ -258,6 +258,24 @@ def test_a_parameter_given_twice_is_refused(capsys):
     assert "-p seed is given twice" in refusal(arguments, capsys)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--corpus", "none", "--output", "run", "-p", "seed=9223372036854775808"],
+        ["train", "--corpus", "none", "--output", "run", "-p", "seed=-1"],
+        ["corpus", "make", "corpus", "--preset", "smoke", "--seed", "-1"],
+        ["corpus", "make", "corpus", "--preset", "smoke", "--seed", str(2**64)],
+    ],
+    ids=" ".join,
+)
+def test_a_seed_of_more_than_63_bits_is_refused_before_anything_is_done(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert "seed" in refusal(arguments, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["device", "corpus", "features", "run_folder", "skip_bad"])
 def test_an_option_given_as_a_parameter_is_refused(name, capsys):
     arguments = ["train", "--corpus", "a", "--output", "b", "-p", f"{name}=cpu"]

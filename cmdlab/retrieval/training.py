@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cmdlab.encoders import Features
-from cmdlab.errors import InputError, check_types
+from cmdlab.errors import InputError, check_seed, check_types
 from cmdlab.evaluation import RankTable, rank_table, retrieval_metrics
 from cmdlab.outputs import write_file
 from cmdlab.retrieval.denoising import Denoising
@@ -52,7 +52,8 @@ class Training:
         for name in ("learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}: {getattr(self, name)} is not above 0 and finite")
-        for name in ("seed", "warm_up", "weight_decay", "weight"):
+        check_seed(self.seed)
+        for name in ("warm_up", "weight_decay", "weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}: {getattr(self, name)} is not at least 0 and finite")
 
@@ -92,10 +93,12 @@ def train(
     )
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-    torch.manual_seed(training.seed)
+    # torch's generators read the low 32 bits of a seed alone: the high ones are folded in.
+    seed = training.seed ^ (training.seed >> 32)
+    torch.manual_seed(seed)
     model = RetrievalModel(shape).to(device)
     patches = int(train_features.image.lengths.max())
-    torch.manual_seed(training.seed)  # the heads are the same whether there is a denoiser or not
+    torch.manual_seed(seed)  # the heads are the same whether there is a denoiser or not
     denoisers = make_denoisers(training.denoising, shape, patches) if training.weight else None
     trained = Trained(model, (denoisers or nn.ModuleDict()).to(device), [], 0.0, 0)
     parameters = [*model.parameters(), *trained.denoisers.parameters()]
@@ -112,7 +115,7 @@ def train(
         started = time.perf_counter()
         for group in optimiser.param_groups:
             group["lr"] = training.learning_rate * _schedule(step, training)
-        generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**64)
         batch = make_batch(
             train_features, _captions_of_step(step, training, train_features), device
         )

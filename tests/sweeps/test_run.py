@@ -182,6 +182,8 @@ def test_arms_axes_and_grid_make_the_cells_that_they_say(tmp_path):
         ({"arms": {}}, "has no arms"),
         ({"seeds": [1, 1]}, "different whole numbers"),
         ({"seeds": [1.5]}, "whole numbers"),
+        ({"seeds": [1, -1]}, r"seeds: seed: -1 is not within 0 to 2\*\*63 - 1"),
+        ({"seeds": [2**63]}, "seeds: seed: 9223372036854775808 is not within"),
         ({"seeds": 3}, "list of different whole numbers"),
         ({"notebook": "other.ipynb"}, "is neither beside this file nor"),
         ({"fixed": ["weight"]}, "give it as a mapping"),
