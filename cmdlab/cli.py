@@ -7,12 +7,13 @@ import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cmdlab.errors import InputError
-from cmdlab.outputs import write_file
+from cmdlab.outputs import is_standard_output, write_file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,9 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Results go to standard output, progress and warnings to standard error.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    chosen = _parser().parse_args(arguments)
     try:
-        return chosen.run(chosen) or 0
+        with _refusing_output():
+            chosen = _parser().parse_args(arguments)
+            return chosen.run(chosen) or 0
     except InputError as error:
         print("cmdlab:", *str(error).split(), file=sys.stderr)
         return 2
@@ -32,6 +34,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = shlex.join(["cmdlab", *arguments])
         print(f"cmdlab: stopped; what was finished is kept, go on with: {again}", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _refusing_output() -> Iterator[None]:
+    """Standard output for the time of a command, flushed at its end.
+
+    Where it cannot be written (a full disk, a pipe that nobody reads), that is an InputError.
+    """
+    if sys.stdout is None:
+        raise InputError("standard output is closed; lead it somewhere, to /dev/null at least")
+    output: Any = _StandardOutput(sys.stdout)
+    with redirect_stdout(output):
+        try:
+            yield
+        finally:
+            output.flush()
+
+
+class _StandardOutput:
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, function: Callable[..., Any], *arguments: str) -> Any:
+        try:
+            return function(*arguments)
+        except OSError as error:
+            # What could not be written is still held, and would fail again when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            raise InputError(
+                f"standard output cannot be written ({error.strerror}); lead it somewhere else"
+            ) from error
 
 
 def _study(chosen: Namespace) -> None:
@@ -94,7 +136,8 @@ def _report(chosen: Namespace) -> None:
         publish(chosen.runs, chosen.keep, chosen.output)
     else:
         write_report(chosen.runs, chosen.output)
-    print(chosen.output)
+    if not is_standard_output(chosen.output):
+        print(chosen.output)
 
 
 def _bench(chosen: Namespace) -> int:
@@ -366,3 +409,7 @@ def _parameter(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

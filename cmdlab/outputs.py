@@ -22,7 +22,7 @@ def write_file(path: Path, content: bytes | str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         there = _status(path)
-        if there is None or (stat.S_ISREG(there.st_mode) and not _is_standard_output(there)):
+        if there is None or (stat.S_ISREG(there.st_mode) and not is_standard_output(path)):
             _replace(Path(os.path.realpath(path)), data, there)
         else:
             with path.open("ab") as file:
@@ -31,6 +31,14 @@ def write_file(path: Path, content: bytes | str) -> None:
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); mend that or name another place"
         ) from error
+
+
+def is_standard_output(path: Path) -> bool:
+    """Whether the path names what this process prints to, as in `-o /dev/stdout >> log`."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(1))
+    except OSError:  # nothing is there, or standard output was closed before this process began
+        return False
 
 
 def _replace(target: Path, data: bytes, there: os.stat_result | None) -> None:
@@ -54,11 +62,3 @@ def _status(path: Path) -> os.stat_result | None:
         return os.stat(path)
     except FileNotFoundError:  # nothing is there, or a link to nothing
         return None
-
-
-def _is_standard_output(file: os.stat_result) -> bool:
-    """Whether it is what this process prints to, as in `-o /dev/stdout >> log`."""
-    try:
-        return os.path.samestat(file, os.fstat(1))
-    except OSError:  # it was closed before this process began
-        return False

@@ -192,6 +192,60 @@ def test_evaluate_refuses_a_file_that_is_no_sound_npz(tmp_path, capsys, write):
     assert refusal(["evaluate", path], capsys).startswith(f"cmdlab: {path}: ")
 
 
+def shell(line, **variables):
+    """What a line of bash does in which `cmdlab` is `python -m cmdlab`."""
+    command = f'set -o pipefail; cmdlab() {{ "{sys.executable}" -m cmdlab "$@"; }}; {line}'
+    environment = os.environ | {name: str(value) for name, value in variables.items()}
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+
+
+def test_embeddings_are_read_from_a_pipe(tmp_path):
+    np.savez(tmp_path / "mine.npz", **embeddings())
+    run = shell('cmdlab evaluate <(cat "$FILE")', FILE=tmp_path / "mine.npz")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert json.loads(run.stdout)["mean_R@1"] == 100
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('cmdlab evaluate "$FILE" > /dev/full', "No space left on device"),
+        ("cmdlab corpus check --help > /dev/full", "No space left on device"),
+        ('cmdlab evaluate "$FILE" | (exec 0<&-; sleep 0.1)', "Broken pipe"),
+        ('cmdlab evaluate "$FILE" >&-', "is closed"),
+    ],
+)
+def test_output_that_cannot_be_written_is_one_line(tmp_path, line, reason):
+    np.savez(tmp_path / "mine.npz", **embeddings())
+    run = shell(line, FILE=tmp_path / "mine.npz")
+    assert run.returncode == 2
+    assert run.stderr.startswith("cmdlab: standard output ")
+    assert reason in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["cmdlab", "cmdlab.cli"])
+def test_the_module_is_the_command(module, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", module, "evaluate", tmp_path / "missing.npz"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr == f"cmdlab: {tmp_path / 'missing.npz'}: no such file; mend the path\n"
+
+
+@pytest.mark.parametrize("place", ["| cat", '> "$PAGE"; cat "$PAGE"'])
+def test_a_report_to_standard_output_is_the_page_alone(tmp_path, place):
+    runs = Path(__file__).parents[1] / "reports" / "study"
+    line = f'cmdlab report "$RUNS" -o /dev/stdout {place}'
+    run = shell(line, RUNS=runs, PAGE=tmp_path / "page.html")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("<!DOCTYPE html>")
+    assert run.stdout.rstrip().endswith("</html>")
+
+
 def test_a_missing_file_is_said_to_be_missing(tmp_path, capsys):
     assert "no such file" in refusal(["evaluate", tmp_path / "nothere.npz"], capsys)
 
@@ -290,7 +344,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(path, *, impl):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cmdlab.evaluation.ranks.evaluate_file", interrupted)
+    monkeypatch.setattr("cmdlab.evaluation.evaluate_file", interrupted)
     assert main(["evaluate", "my file.npz"]) == 130
     line = capsys.readouterr().err
     assert line.endswith("go on with: cmdlab evaluate 'my file.npz'\n")

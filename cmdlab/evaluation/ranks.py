@@ -7,7 +7,6 @@ counts every tie against the system (rank 1 + greater + equal), the optimistic f
 tie for it (rank 1 + greater).
 """
 
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cmdlab.errors import InputError
+from cmdlab.evaluation.npz import read_npz, write_npz
 
 CUTOFFS = (1, 5, 10)
 
@@ -75,18 +75,13 @@ class RankTable:
         return 1 + greater + (0 if optimistic else equal)
 
     def save(self, path: Path) -> None:
-        """Write an npz file, aside first and renamed when it is whole."""
-        aside = path.with_name(f"{path.name}.part")
-        with aside.open("wb") as file:
-            np.savez_compressed(
-                file, **{field.name: getattr(self, field.name) for field in fields(self)}
-            )
-        os.replace(aside, path)
+        """Write an npz file, whole or not at all."""
+        write_npz(path, {field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
     def load(cls, path: Path) -> "RankTable":
         """Read what `save` wrote, checked. Raises InputError that names the file."""
-        arrays = _read_npz(path, [field.name for field in fields(cls)])
+        arrays = read_npz(path, [field.name for field in fields(cls)])
         try:
             return cls(**arrays)
         except InputError as error:
@@ -163,7 +158,7 @@ def evaluate_file(path: Path, *, impl: str = "auto") -> dict[str, Any]:
     Keys: speech [N, D], image [M, D], speech_image_id [N], image_id [M], as in `rank_table`.
     Nothing is unpickled. Raises InputError that names the file and the entry.
     """
-    arrays = _read_npz(path, ["speech", "image", "speech_image_id", "image_id"])
+    arrays = read_npz(path, ["speech", "image", "speech_image_id", "image_id"])
     try:
         return retrieval_metrics(rank_table(**arrays, impl=impl))
     except InputError as error:
@@ -250,42 +245,3 @@ def _gallery_places(speech_image_id: np.ndarray, image_id: np.ndarray) -> np.nda
             "leave them out or add their captions"
         )
     return speech_image
-
-
-def _read_npz(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
-    """The named arrays of an npz file that nobody vouches for; nothing is unpickled."""
-    try:
-        with path.open("rb") as raw:
-            if raw.read(4) not in (b"PK\3\4", b"PK\5\6"):
-                raise InputError(f"{path}: not an npz file; write it with numpy.savez")
-            raw.seek(0)
-            with np.load(raw, allow_pickle=False) as file:
-                arrays = {}
-                for key in keys:
-                    if key not in file:
-                        raise InputError(f"{path}: {key} is missing; it needs {', '.join(keys)}")
-                    arrays[key] = _read_entry(path, file, key)
-    except InputError:
-        raise
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; mend the path") from error
-    except Exception as error:  # damaged archives make zipfile raise nearly anything
-        raise InputError(f"{path}: cannot be read ({_reason(error)}); write it again") from error
-    return arrays
-
-
-def _read_entry(path: Path, file: Any, key: str) -> np.ndarray:
-    try:
-        array = file[key]
-    except Exception as error:  # damaged, encrypted, pickled, or larger than memory
-        raise InputError(
-            f"{path}: {key} cannot be read ({_reason(error)}); save it as a plain array with "
-            "numpy.savez, without pickle"
-        ) from error
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path}: {key} is not an array; write it with numpy.savez")
-    return array
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
