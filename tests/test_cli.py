@@ -102,7 +102,10 @@ BAD_EMBEDDINGS = {
         {"speech_image_id": np.array([7, 7, 8, 8, 8, 8])},
         "image_id: 1 images have no caption, the first is 9",
     ),
-    "repeated image": ({"image_id": np.array([7, 8, 7])}, "image_id: 7 occurs more than once"),
+    "repeated image without caption": (
+        {"image_id": np.array([7, 8, 7])},
+        "speech_image_id: 2 captions have no image, the first is of 9",
+    ),
     "missing key": ({"image_id": None}, "image_id is missing"),
     "overflow": ({"speech": np.full((6, 3), 1e200), "image": np.full((3, 3), 1e200)}, "finite"),
     "pickle": ({"speech": np.array([[None] * 3] * 6)}, "speech cannot be read .*pickle"),

@@ -1,7 +1,7 @@
 """Arrays in an npz file: written whole or not at all, read as what nobody vouches for."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,9 +18,12 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     write_file(path, content.getvalue())
 
 
-def read_npz(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
+def read_npz(
+    path: Path, keys: Sequence[str], *, optional: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
     """The named arrays of an npz file that nobody vouches for; nothing is unpickled.
 
+    keys: arrays that must be there; optional: those that need not.
     A pipe (`evaluate <(cat mine.npz)`) is read into memory, since npz has its directory at its end.
     Raises InputError, which names the file and the entry.
     """
@@ -33,7 +36,7 @@ def read_npz(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
             whole.seek(0)
             with np.load(whole, allow_pickle=False) as file:
                 arrays = {}
-                for key in keys:
+                for key in (*keys, *(key for key in optional if key in file)):
                     if key not in file:
                         raise InputError(f"{path}: {key} is missing; it needs {', '.join(keys)}")
                     arrays[key] = _read_entry(path, file, key)

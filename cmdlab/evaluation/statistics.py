@@ -87,7 +87,7 @@ def interval(
     Raises InputError if the tables are not of the same queries, or hold fewer than two images.
     """
     results, resampled = _bootstrap(tables, metric, resamples, seed)
-    estimate = _estimate(results, resampled, len(tables[0].image_greater))
+    estimate = _estimate(results, resampled, tables[0].images)
     low, high = estimate.interval()
     best = 1.0 if metric.endswith("MRR") else 100.0
     return Interval(estimate.mean, max(low, 0.0), min(high, best), results.tolist())
@@ -116,7 +116,7 @@ def compare(
     results, resampled = _bootstrap([*treatment, *control], metric, resamples, seed)
     pairs = len(treatment)
     differences = results[:pairs] - results[pairs:]
-    images = len(treatment[0].image_greater)
+    images = treatment[0].images
     estimate = _estimate(differences, resampled[:, :pairs] - resampled[:, pairs:], images)
     low, high = estimate.interval()
     return Comparison(
@@ -200,10 +200,14 @@ def _bootstrap(
     """
     if not tables:
         raise InputError("no runs to draw an interval from; give at least one")
-    queries = tables[0].speech_image
-    if any(not np.array_equal(table.speech_image, queries) for table in tables):
+    queries, views = tables[0].speech_image, tables[0].image_of_view
+    if any(
+        not np.array_equal(table.speech_image, queries)
+        or not np.array_equal(table.image_of_view, views)
+        for table in tables
+    ):
         raise InputError("the runs are of different test queries; give runs of one corpus")
-    images = len(tables[0].image_greater)
+    images = tables[0].images
     if images < 2:
         raise InputError("one image tells nothing of the spread; evaluate on two or more")
     parts = [_by_image(tables, name) for name in _directions(metric)]
@@ -235,8 +239,11 @@ def _directions(metric: str) -> list[str]:
 def _by_image(tables: Sequence[RankTable], metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Each image's sum of scores [M, T] and its number of queries [M]."""
     direction, measure = metric.split("/")
-    images = len(tables[0].image_greater)
-    places = tables[0].speech_image if direction == "speech_to_image" else np.arange(images)
+    images = tables[0].images
+    places = {
+        "speech_to_image": tables[0].speech_image,
+        "image_to_speech": tables[0].image_of_view,
+    }[direction]
     sums = []
     for table in tables:
         ranks = table.ranks(direction)

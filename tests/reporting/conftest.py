@@ -159,6 +159,7 @@ def _ranks(images: int, captions: int, effect: float, seed: int, arm: str) -> Ra
         speech_image=np.repeat(np.arange(images), captions),
         image_greater=places(images, total - captions, 8.0),
         image_equal=np.zeros(images, np.int64),
+        image_of_view=np.arange(images),
     )
 
 
