@@ -4,9 +4,11 @@ Speech→image: every caption is a query, and its image is the answer. Image→s
 query, and any of its captions is an answer; the rank is that of the best one, the others left out
 by id. An image may have several views, different embeddings under one id: each is a place of the
 gallery and a query of its own, and a caption's rank is that of its image's best view, the other own
-ones left out, while each view of another image counts. A rank is kept as two counts, `greater` and `equal`, so that ties are seen: the headline
-counts every tie against the system (rank 1 + greater + equal), the optimistic figure counts every
-tie for it (rank 1 + greater).
+ones left out, while each view of another image counts.
+
+A rank is kept as two counts, `greater` and `equal`, so that ties are seen: the headline counts
+every tie against the system (rank 1 + greater + equal), the optimistic figure counts every tie for
+it (rank 1 + greater).
 """
 
 import hashlib
