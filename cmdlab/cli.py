@@ -172,9 +172,25 @@ def _evaluate(chosen: Namespace) -> None:
 
 
 class _Parser(ArgumentParser):
+    below: Callable[[], str] | None = None  # what the help ends with
+
+    def format_help(self) -> str:
+        return super().format_help() + (self.below() if self.below else "")
+
     def error(self, message: str) -> NoReturn:
         """A refusal in one line, as everywhere, where argparse would print its usage too."""
         self.exit(2, f"cmdlab: {message}; see {self.prog} --help\n")
+
+
+def _parameters() -> str:
+    """The list of what `-p` takes. It loads torch, so it is made when the help is asked for."""
+    from cmdlab.retrieval import Denoising, Training, parameters_of
+
+    found = parameters_of([Training, Denoising])
+    settings = [f"{one.name}={one.default}" for one in found]
+    width = max(map(len, settings))
+    lines = [f"  {a:{width}}  {one.line}" for a, one in zip(settings, found, strict=True)]
+    return "\n".join(["\nparameters for -p, with their defaults:", *lines, ""])
 
 
 def _parser() -> ArgumentParser:
@@ -273,8 +289,9 @@ def _parser() -> ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change a parameter from its default; may be repeated",
+        help="change a parameter from its default, see below; may be repeated",
     )
+    train.below = _parameters
 
     sweep = _command(
         commands,
@@ -381,9 +398,9 @@ def _parser() -> ArgumentParser:
 
 def _command(
     commands: Any, name: str, run: Callable[[Namespace], int | None], summary: str, text: str
-) -> ArgumentParser:
+) -> _Parser:
     """A command with its one-line summary, and a help text that keeps its line breaks."""
-    parser = commands.add_parser(
+    parser: _Parser = commands.add_parser(
         name,
         help=summary,
         description="\n".join(line.removeprefix(" " * 8) for line in text.strip("\n").split("\n")),

@@ -288,6 +288,23 @@ def test_help_gives_an_example_that_parses(command, capsys):
     assert exit.value.code == 0
 
 
+def test_the_help_of_train_lists_every_parameter(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    lines = {line.split("=")[0].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert "weight=0.0 " in lines["weight"]
+    assert lines["weight"].endswith("weight of the denoising loss; 0 is contrastive training alone")
+    assert lines["direction"].split()[0] == "direction=image"
+    assert lines["direction"].endswith(": image, speech, both")
+    assert lines.keys() >= {"seed", "steps", "batch_size", "learning_rate", "rate", "depth"}
+
+
+def test_an_unknown_parameter_is_told_the_nearest_known_one(capsys):
+    arguments = ["train", "--corpus", "none", "--output", "run", "-p", "wieght=1"]
+    message = refusal(arguments, capsys)
+    assert "no parameter 'wieght' (did you mean 'weight'?); there are batch_size" in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [

@@ -8,7 +8,7 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,19 @@ from cmdlab.encoders import (
     fingerprint,
     open_stores,
 )
-from cmdlab.errors import InputError
+from cmdlab.errors import InputError, nearest
 from cmdlab.evaluation import rank_table, retrieval_metrics
 from cmdlab.experiment.alignment import foil_test, pointing_game
 from cmdlab.records import write_json
-from cmdlab.retrieval import Denoising, RetrievalModel, Trained, Training, rank, train
+from cmdlab.retrieval import (
+    Denoising,
+    RetrievalModel,
+    Trained,
+    Training,
+    parameters_of,
+    rank,
+    train,
+)
 
 POINTED_CAPTIONS = 500  # of the test split, for the pointing game
 
@@ -125,11 +133,13 @@ def run_experiment(
     run.
     """
     make_deterministic()
-    names = {field.name for field in fields(Denoising)}
-    known = (names | {field.name for field in fields(Training)}) - {"denoising"}
+    known = sorted(parameter.name for parameter in parameters_of([Training, Denoising]))
     for name in recipe:
         if name not in known:
-            raise InputError(f"no parameter {name!r}; there are {', '.join(sorted(known))}")
+            raise InputError(
+                f"no parameter {name!r}{nearest(name, known)}; there are {', '.join(known)}"
+            )
+    names = {parameter.name for parameter in parameters_of([Denoising])}
     denoising = Denoising(**{name: recipe.pop(name) for name in names & set(recipe)})
     training = Training(denoising=denoising, **recipe)
     device = pick_device(device)

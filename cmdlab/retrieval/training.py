@@ -26,26 +26,32 @@ from cmdlab.outputs import write_file
 from cmdlab.retrieval.denoising import Denoising
 from cmdlab.retrieval.losses import Batch, make_denoisers, training_losses
 from cmdlab.retrieval.model import RetrievalModel, Shape
+from cmdlab.retrieval.recipe import check_choices, parameter
 
 
 @dataclass(frozen=True)
 class Training:
     """The recipe of a run. `weight` 0 is contrastive training alone: no denoiser is made."""
 
-    seed: int = 1
-    steps: int = 300
-    batch_size: int = 128
-    learning_rate: float = 1e-2
-    warm_up: int = 50  # steps; then linear decay to zero
-    weight_decay: float = 0.01
-    gradient_clip: float = 1.0
-    image_head: str = "global"
-    validate_every: int = 100  # steps
-    weight: float = 0.0
+    seed: int = parameter(1, "decides first weights, batches and corruption")
+    steps: int = parameter(300, "steps of training")
+    batch_size: int = parameter(128, "captions of a step")
+    learning_rate: float = parameter(1e-2, "its highest, at the end of the warm-up")
+    warm_up: int = parameter(50, "steps of rising learning rate; then it falls to zero")
+    weight_decay: float = parameter(0.01, "weight decay of AdamW")
+    gradient_clip: float = parameter(1.0, "largest norm of the gradient")
+    image_head: str = parameter(
+        "global",
+        "the frozen embedding alone, or with pooled patches",
+        choices=("global", "patches"),
+    )
+    validate_every: int = parameter(100, "steps from one validation to the next")
+    weight: float = parameter(0.0, "weight of the denoising loss; 0 is contrastive training alone")
     denoising: Denoising = field(default_factory=Denoising)
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_choices(self)
         for name in ("steps", "batch_size", "validate_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is not at least 1")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmdlab.errors import InputError
+from cmdlab.errors import InputError, nearest
 from cmdlab.outputs import write_file
 
 
@@ -105,7 +105,8 @@ class Notebook:
             if parameter is None:
                 known = ", ".join(sorted(self.parameters))
                 raise InputError(
-                    f"{where}: {self.path.name} has no parameter {name!r}; it has {known}"
+                    f"{where}: {self.path.name} has no parameter {name!r}"
+                    f"{nearest(name, self.parameters)}; it has {known}"
                 )
             if type(value) is int and not parameter.fits(value):
                 number = _as_float(value)

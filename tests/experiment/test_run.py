@@ -154,6 +154,8 @@ def test_an_unknown_name_is_refused_before_anything_is_done(tmp_path):
         run_experiment(tmp_path / "none", tmp_path / "run", noise_rate=0.3)
     with pytest.raises(InputError, match="no parameter 'denoising'"):
         run_experiment(tmp_path / "none", tmp_path / "run", denoising=Denoising())
+    with pytest.raises(InputError, match="image_head: 'none' is none of global, patches"):
+        run_experiment(tmp_path / "none", tmp_path / "run", image_head="none")
     with pytest.raises(InputError, match="direction: 'text'"):
         run_experiment(tmp_path / "none", tmp_path / "run", direction="text")
     with pytest.raises(InputError, match="steps: '300' is no int"):

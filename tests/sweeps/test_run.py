@@ -163,7 +163,10 @@ def test_arms_axes_and_grid_make_the_cells_that_they_say(tmp_path):
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ({"arms": {"one": {"wieght": 1.0}}}, "has no parameter 'wieght'; it has behaviour"),
+        (
+            {"arms": {"one": {"wieght": 1.0}}},
+            r"no parameter 'wieght' \(did you mean 'weight'\?\); it has behaviour",
+        ),
         ({"arms": {"one": {"weight": "1e-3"}}}, "write 1.0e-3"),
         ({"arms": {"one": {"weight": float("nan")}}}, "which JSON would change"),
         ({"arms": {"one": {"weight": True}}}, "wants float"),
