@@ -270,8 +270,8 @@ def _parser() -> ArgumentParser:
         checkpoint when the same command is given again.
 
         example: cmdlab train --corpus data/default --output runs/mine -p weight=1.0 -p seed=3
-        output:  the folder given by --output: model/, ranks.npz and result.json; the metrics are
-                 printed as JSON
+        output:  the folder given by --output: model/, ranks.npz, voices.npz and result.json; the
+                 metrics are printed as JSON
         """,
     )
     train.add_argument("--corpus", type=Path, required=True, metavar="DIR")

@@ -108,6 +108,10 @@ BAD_EMBEDDINGS = {
     ),
     "missing key": ({"image_id": None}, "image_id is missing"),
     "overflow": ({"speech": np.full((6, 3), 1e200), "image": np.full((3, 3), 1e200)}, "finite"),
+    "no characters": (
+        {"image_id": np.array([7, 8, 2**31 - 1], "<u4").view("<U1")},
+        "image_id cannot be read",
+    ),
     "pickle": ({"speech": np.array([[None] * 3] * 6)}, "speech cannot be read .*pickle"),
 }
 

@@ -52,6 +52,8 @@ def read_npz(
 def _read_entry(path: Path, file: Any, key: str) -> np.ndarray:
     try:
         array = file[key]
+        if isinstance(array, np.ndarray) and array.dtype.kind == "U":
+            array.tolist()  # raises where a number is no character
     except Exception as error:  # damaged, encrypted, pickled, or larger than memory
         raise InputError(
             f"{path}: {key} cannot be read ({_reason(error)}); save it as a plain array with "

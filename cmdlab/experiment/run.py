@@ -36,7 +36,7 @@ from cmdlab.encoders import (
     open_stores,
 )
 from cmdlab.errors import InputError, nearest
-from cmdlab.evaluation import rank_table, retrieval_metrics
+from cmdlab.evaluation import Voices, rank_table, retrieval_metrics
 from cmdlab.experiment.alignment import foil_test, pointing_game
 from cmdlab.records import write_json
 from cmdlab.retrieval import (
@@ -174,13 +174,16 @@ def measure(
     *,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Evaluate on both held-out splits and write ranks.npz, model/ and, last, result.json.
+    """Evaluate on both held-out splits; write ranks.npz, voices.npz, model/, last result.json.
 
     Returns what result.json holds; `records.py` says what that is. Leaves the model on the CPU.
     """
     model = trained.model
     table = rank(model, data.test, device)
     table.save(run_folder / "ranks.npz")
+    heard = {caption.speaker for caption in data.train.corpus.captions}
+    spoken = [caption.speaker for caption in data.test.corpus.captions]
+    Voices.of(spoken, heard).save(run_folder / "voices.npz")
     validation = rank(model, data.validation, device)
     model.cpu().eval()
     model.save_pretrained(run_folder / "model")

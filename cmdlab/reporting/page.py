@@ -115,7 +115,7 @@ def write_page(
         footer=footer,
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
     )
-    content = html.encode("utf-8")
+    content = html.encode(errors="backslashreplace")  # text of a data set may be no UTF-8
     if len(content) >= LARGEST_PAGE:
         raise InputError(
             f"{output}: the page would have {len(content):,} bytes, and {LARGEST_PAGE:,} is too "

@@ -51,6 +51,22 @@ def test_the_views_of_an_image_are_drawn_together():
         interval([views, plain], metric)
 
 
+@pytest.mark.parametrize("metric", ["speech_to_image/R@1", "speech_to_image/MRR"])
+def test_some_captions_are_judged_as_if_there_were_no_others(metric):
+    generator = np.random.default_rng(3)
+    owner = np.repeat(np.arange(40), 3)
+    chosen = (generator.random(120) < 0.4) & (owner % 4 != 1)  # no caption of some images
+    hits = generator.random((3, 120)) < 0.5
+    tables = [table_of_hits(one, np.ones(40), owner) for one in hits]
+    left, renumbered = np.unique(owner[chosen], return_inverse=True)
+    alone = [table_of_hits(one[chosen], np.ones(len(left)), renumbered) for one in hits]
+    found = interval(tables, metric, captions=chosen)
+    assert found == interval(alone, metric)
+    if metric.endswith("R@1"):
+        assert found.per_seed == pytest.approx(100 * hits[:, chosen].mean(1))
+    assert interval(tables, metric, captions=np.ones(120, bool)) == interval(tables, metric)
+
+
 OWNER = np.repeat(np.arange(60), np.arange(60) % 3 + 1)  # 1 to 3 captions an image
 
 
