@@ -7,11 +7,13 @@ import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cmdlab.errors import InputError
+from cmdlab.outputs import is_standard_output, write_file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,9 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Results go to standard output, progress and warnings to standard error.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    chosen = _parser().parse_args(arguments)
     try:
-        return chosen.run(chosen) or 0
+        with _refusing_output():
+            chosen = _parser().parse_args(arguments)
+            return chosen.run(chosen) or 0
     except InputError as error:
         print("cmdlab:", *str(error).split(), file=sys.stderr)
         return 2
@@ -31,6 +34,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = shlex.join(["cmdlab", *arguments])
         print(f"cmdlab: stopped; what was finished is kept, go on with: {again}", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _refusing_output() -> Iterator[None]:
+    """Standard output for the time of a command, flushed at its end.
+
+    Where it cannot be written (a full disk, a pipe that nobody reads), that is an InputError.
+    """
+    if sys.stdout is None:
+        raise InputError("standard output is closed; lead it somewhere, to /dev/null at least")
+    output: Any = _StandardOutput(sys.stdout)
+    with redirect_stdout(output):
+        try:
+            yield
+        finally:
+            output.flush()
+
+
+class _StandardOutput:
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, function: Callable[..., Any], *arguments: str) -> Any:
+        try:
+            return function(*arguments)
+        except OSError as error:
+            # What could not be written is still held, and would fail again when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            raise InputError(
+                f"standard output cannot be written ({error.strerror}); lead it somewhere else"
+            ) from error
 
 
 def _study(chosen: Namespace) -> None:
@@ -93,7 +136,8 @@ def _report(chosen: Namespace) -> None:
         publish(chosen.runs, chosen.keep, chosen.output)
     else:
         write_report(chosen.runs, chosen.output)
-    print(chosen.output)
+    if not is_standard_output(chosen.output):
+        print(chosen.output)
 
 
 def _bench(chosen: Namespace) -> int:
@@ -110,7 +154,11 @@ def _bench(chosen: Namespace) -> int:
     run_benchmarks = importlib.import_module("bench").run_benchmarks
     try:
         right = run_benchmarks(
-            chosen.device, quick=chosen.quick, operations=chosen.operations, output=chosen.output
+            chosen.device,
+            quick=chosen.quick,
+            operations=chosen.operations,
+            output=chosen.output,
+            write=write_file,
         )
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -124,9 +172,25 @@ def _evaluate(chosen: Namespace) -> None:
 
 
 class _Parser(ArgumentParser):
+    below: Callable[[], str] | None = None  # what the help ends with
+
+    def format_help(self) -> str:
+        return super().format_help() + (self.below() if self.below else "")
+
     def error(self, message: str) -> NoReturn:
         """A refusal in one line, as everywhere, where argparse would print its usage too."""
         self.exit(2, f"cmdlab: {message}; see {self.prog} --help\n")
+
+
+def _parameters() -> str:
+    """The list of what `-p` takes. It loads torch, so it is made when the help is asked for."""
+    from cmdlab.retrieval import Denoising, Training, parameters_of
+
+    found = parameters_of([Training, Denoising])
+    settings = [f"{one.name}={one.default}" for one in found]
+    width = max(map(len, settings))
+    lines = [f"  {a:{width}}  {one.line}" for a, one in zip(settings, found, strict=True)]
+    return "\n".join(["\nparameters for -p, with their defaults:", *lines, ""])
 
 
 def _parser() -> ArgumentParser:
@@ -206,8 +270,8 @@ def _parser() -> ArgumentParser:
         checkpoint when the same command is given again.
 
         example: cmdlab train --corpus data/default --output runs/mine -p weight=1.0 -p seed=3
-        output:  the folder given by --output: model/, ranks.npz and result.json; the metrics are
-                 printed as JSON
+        output:  the folder given by --output: model/, ranks.npz, voices.npz and result.json; the
+                 metrics are printed as JSON
         """,
     )
     train.add_argument("--corpus", type=Path, required=True, metavar="DIR")
@@ -225,8 +289,9 @@ def _parser() -> ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change a parameter from its default; may be repeated",
+        help="change a parameter from its default, see below; may be repeated",
     )
+    train.below = _parameters
 
     sweep = _command(
         commands,
@@ -333,9 +398,9 @@ def _parser() -> ArgumentParser:
 
 def _command(
     commands: Any, name: str, run: Callable[[Namespace], int | None], summary: str, text: str
-) -> ArgumentParser:
+) -> _Parser:
     """A command with its one-line summary, and a help text that keeps its line breaks."""
-    parser = commands.add_parser(
+    parser: _Parser = commands.add_parser(
         name,
         help=summary,
         description="\n".join(line.removeprefix(" " * 8) for line in text.strip("\n").split("\n")),
@@ -361,3 +426,7 @@ def _parameter(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,7 @@
-"""The one exception for input that a user must mend, and the check of a recipe's types."""
+"""The one exception for input that a user must mend, and checks that several rooms share."""
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -21,3 +23,16 @@ def check_types(recipe: Any) -> None:
         wanted = (int, float) if field.type is float else field.type
         if not isinstance(value, wanted) or isinstance(value, bool):  # type: ignore[arg-type]
             raise InputError(f"{field.name}: {value!r} is no {field.type.__name__}")  # type: ignore[union-attr]
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError for a seed that is not within 0 to 2**63 - 1, which every generator takes
+    and every record holds."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed: {seed} is not within 0 to 2**63 - 1; choose another one")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like this one, as a question in a message; empty if none is."""
+    alike = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {alike[0]!r}?)" if alike else ""

@@ -102,9 +102,16 @@ BAD_EMBEDDINGS = {
         {"speech_image_id": np.array([7, 7, 8, 8, 8, 8])},
         "image_id: 1 images have no caption, the first is 9",
     ),
-    "repeated image": ({"image_id": np.array([7, 8, 7])}, "image_id: 7 occurs more than once"),
+    "repeated image without caption": (
+        {"image_id": np.array([7, 8, 7])},
+        "speech_image_id: 2 captions have no image, the first is of 9",
+    ),
     "missing key": ({"image_id": None}, "image_id is missing"),
     "overflow": ({"speech": np.full((6, 3), 1e200), "image": np.full((3, 3), 1e200)}, "finite"),
+    "no characters": (
+        {"image_id": np.array([7, 8, 2**31 - 1], "<u4").view("<U1")},
+        "image_id cannot be read",
+    ),
     "pickle": ({"speech": np.array([[None] * 3] * 6)}, "speech cannot be read .*pickle"),
 }
 
@@ -192,6 +199,60 @@ def test_evaluate_refuses_a_file_that_is_no_sound_npz(tmp_path, capsys, write):
     assert refusal(["evaluate", path], capsys).startswith(f"cmdlab: {path}: ")
 
 
+def shell(line, **variables):
+    """What a line of bash does in which `cmdlab` is `python -m cmdlab`."""
+    command = f'set -o pipefail; cmdlab() {{ "{sys.executable}" -m cmdlab "$@"; }}; {line}'
+    environment = os.environ | {name: str(value) for name, value in variables.items()}
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+
+
+def test_embeddings_are_read_from_a_pipe(tmp_path):
+    np.savez(tmp_path / "mine.npz", **embeddings())
+    run = shell('cmdlab evaluate <(cat "$FILE")', FILE=tmp_path / "mine.npz")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert json.loads(run.stdout)["mean_R@1"] == 100
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('cmdlab evaluate "$FILE" > /dev/full', "No space left on device"),
+        ("cmdlab corpus check --help > /dev/full", "No space left on device"),
+        ('cmdlab evaluate "$FILE" | (exec 0<&-; sleep 0.1)', "Broken pipe"),
+        ('cmdlab evaluate "$FILE" >&-', "is closed"),
+    ],
+)
+def test_output_that_cannot_be_written_is_one_line(tmp_path, line, reason):
+    np.savez(tmp_path / "mine.npz", **embeddings())
+    run = shell(line, FILE=tmp_path / "mine.npz")
+    assert run.returncode == 2
+    assert run.stderr.startswith("cmdlab: standard output ")
+    assert reason in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["cmdlab", "cmdlab.cli"])
+def test_the_module_is_the_command(module, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", module, "evaluate", tmp_path / "missing.npz"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr == f"cmdlab: {tmp_path / 'missing.npz'}: no such file; mend the path\n"
+
+
+@pytest.mark.parametrize("place", ["| cat", '> "$PAGE"; cat "$PAGE"'])
+def test_a_report_to_standard_output_is_the_page_alone(tmp_path, place):
+    runs = Path(__file__).parents[1] / "reports" / "study"
+    line = f'cmdlab report "$RUNS" -o /dev/stdout {place}'
+    run = shell(line, RUNS=runs, PAGE=tmp_path / "page.html")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("<!DOCTYPE html>")
+    assert run.stdout.rstrip().endswith("</html>")
+
+
 def test_a_missing_file_is_said_to_be_missing(tmp_path, capsys):
     assert "no such file" in refusal(["evaluate", tmp_path / "nothere.npz"], capsys)
 
@@ -231,6 +292,23 @@ def test_help_gives_an_example_that_parses(command, capsys):
     assert exit.value.code == 0
 
 
+def test_the_help_of_train_lists_every_parameter(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    lines = {line.split("=")[0].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert "weight=0.0 " in lines["weight"]
+    assert lines["weight"].endswith("weight of the denoising loss; 0 is contrastive training alone")
+    assert lines["direction"].split()[0] == "direction=image"
+    assert lines["direction"].endswith(": image, speech, both")
+    assert lines.keys() >= {"seed", "steps", "batch_size", "learning_rate", "rate", "depth"}
+
+
+def test_an_unknown_parameter_is_told_the_nearest_known_one(capsys):
+    arguments = ["train", "--corpus", "none", "--output", "run", "-p", "wieght=1"]
+    message = refusal(arguments, capsys)
+    assert "no parameter 'wieght' (did you mean 'weight'?); there are batch_size" in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
@@ -258,6 +336,24 @@ def test_a_parameter_given_twice_is_refused(capsys):
     assert "-p seed is given twice" in refusal(arguments, capsys)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--corpus", "none", "--output", "run", "-p", "seed=9223372036854775808"],
+        ["train", "--corpus", "none", "--output", "run", "-p", "seed=-1"],
+        ["corpus", "make", "corpus", "--preset", "smoke", "--seed", "-1"],
+        ["corpus", "make", "corpus", "--preset", "smoke", "--seed", str(2**64)],
+    ],
+    ids=" ".join,
+)
+def test_a_seed_of_more_than_63_bits_is_refused_before_anything_is_done(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert "seed" in refusal(arguments, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["device", "corpus", "features", "run_folder", "skip_bad"])
 def test_an_option_given_as_a_parameter_is_refused(name, capsys):
     arguments = ["train", "--corpus", "a", "--output", "b", "-p", f"{name}=cpu"]
@@ -272,7 +368,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(path, *, impl):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cmdlab.evaluation.ranks.evaluate_file", interrupted)
+    monkeypatch.setattr("cmdlab.evaluation.evaluate_file", interrupted)
     assert main(["evaluate", "my file.npz"]) == 130
     line = capsys.readouterr().err
     assert line.endswith("go on with: cmdlab evaluate 'my file.npz'\n")

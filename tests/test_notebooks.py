@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cmdlab.retrieval import Denoising, Training, parameters_of
 from cmdlab.sweeps.files import read_sweep
 from cmdlab.sweeps.notebooks import read_notebook, run_notebook
 
@@ -73,6 +74,23 @@ def test_a_stored_notebook_runs_in_smoke_mode(notebook, smoke_corpus, tmp_path, 
     cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code" and cell["source"]]
     assert all(cell["execution_count"] for cell in code)
+
+
+def test_the_parameters_of_training_are_told_alike_in_the_notebook_and_by_the_command():
+    notebook = ROOT / "notebooks" / "train.ipynb"
+    declared = read_notebook(notebook).parameters
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    [cell] = [cell for cell in cells if cell["id"] == "parameters"]
+    comments = dict(
+        re.fullmatch(r"(\w+): .+?(?:  # (.*))?\n?", line).groups() for line in cell["source"]
+    )
+    known = {one.name: one for one in parameters_of([Training, Denoising])}
+    fixed = {"warm_up", "weight_decay", "gradient_clip", "validate_every"}  # by the notebook
+    own = {"corpus", "features", "run_folder", "device", "skip_bad", "smoke"}
+    assert declared.keys() - own == known.keys() - fixed
+    for name in known.keys() - fixed:
+        assert declared[name].default == known[name].default
+        assert comments[name] == known[name].line
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)

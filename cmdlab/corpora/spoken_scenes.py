@@ -29,7 +29,7 @@ from cmdlab.corpora import rendering, scenes, speaking
 from cmdlab.corpora.audio import SAMPLE_RATE
 from cmdlab.corpora.speaking import STUDY_VOICES, TEST_ONLY_VOICES, Utterance
 from cmdlab.corpora.workers import worker_pool
-from cmdlab.errors import InputError
+from cmdlab.errors import InputError, check_seed
 
 CAPTIONS_PER_IMAGE = 5
 RATES = (160, 220)  # words a minute
@@ -71,8 +71,7 @@ def make_corpus(
     folder = Path(folder).resolve()
     if preset not in PRESETS:
         raise InputError(f"no preset {preset!r}; use one of {', '.join(PRESETS)}")
-    if seed < 0:
-        raise InputError(f"the seed must not be negative, and {seed} is")
+    check_seed(seed)
     making = folder.with_name(folder.name + ".making")
     recipe = _recipe(preset, seed)
     if _is_made(folder, recipe):

@@ -5,7 +5,6 @@ are none of the study's, and speech and images never meet.
 """
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import (
     binary_cross_entropy_with_logits,
@@ -42,6 +41,7 @@ from cmdlab.encoders.tiny import (
     TinySpeechEncoder,
     TinyTextEncoder,
 )
+from cmdlab.outputs import write_file
 
 STREAM = 0x70726574  # the random stream of pre-training; the study's splits use others
 SHARD = 500  # scenes
@@ -323,10 +323,7 @@ def save_encoder(encoder: nn.Module, path: Path) -> None:
     if isinstance(encoder, TinyTextEncoder):
         words = " ".join(encoder.words).encode()
         tensors["words"] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, aside)
-    os.replace(aside, path)
+    write_file(path, save({name: value.contiguous() for name, value in tensors.items()}))
 
 
 def _set_rate(optimiser: torch.optim.Optimizer, rate: float, step: int, steps: int) -> None:

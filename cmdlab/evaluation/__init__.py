@@ -2,11 +2,13 @@
 
 from cmdlab.evaluation.ranks import RankTable, evaluate_file, rank_table, retrieval_metrics
 from cmdlab.evaluation.statistics import Comparison, Interval, compare, holm, interval
+from cmdlab.evaluation.voices import Voices
 
 __all__ = [
     "Comparison",
     "Interval",
     "RankTable",
+    "Voices",
     "compare",
     "evaluate_file",
     "holm",

@@ -1,13 +1,18 @@
 """From embeddings to ranks, and from ranks to R@K, median rank and MRR, in both directions.
 
-Speech→image: every caption is a query, and its one image is the answer. Image→speech: every image
-is a query, and any of its captions is an answer; the rank is that of the best one, the others left
-out by id. A rank is kept as two counts, `greater` and `equal`, so that ties are seen: the headline
-counts every tie against the system (rank 1 + greater + equal), the optimistic figure counts every
-tie for it (rank 1 + greater).
+Speech→image: every caption is a query, and its image is the answer. Image→speech: every image is a
+query, and any of its captions is an answer; the rank is that of the best one, the others left out
+by id. An image may have several views, different embeddings under one id: each is a place of the
+gallery and a query of its own, and a caption's rank is that of its image's best view, the other own
+ones left out, while each view of another image counts.
+
+A rank is kept as two counts, `greater` and `equal`, so that ties are seen: the headline counts
+every tie against the system (rank 1 + greater + equal), the optimistic figure counts every tie for
+it (rank 1 + greater).
 """
 
-import os
+import hashlib
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,19 +24,22 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cmdlab.errors import InputError
+from cmdlab.evaluation.npz import read_npz, write_npz
 
 CUTOFFS = (1, 5, 10)
 
 
 @dataclass(frozen=True, eq=False)
 class RankTable:
-    """Ranks of all queries of one gallery, as counts; N captions, M images, numpy int64.
+    """Ranks of all queries of one gallery, as counts; N captions, V views of M images, numpy int64.
 
-    speech_greater [N]: images that score higher than the query's own image.
-    speech_equal [N]: images other than its own that score the same.
-    speech_image [N]: the place of the query's own image in the gallery, 0 to M - 1.
-    image_greater [M]: captions of other images that score higher than the image's best caption.
-    image_equal [M]: captions of other images that score the same as the image's best caption.
+    speech_greater [N]: views of other images that score higher than the own image's best view.
+    speech_equal [N]: views of other images that score the same.
+    speech_image [N]: the query's own image, 0 to M - 1.
+    image_greater [V]: captions of other images that score higher than the view's best caption.
+    image_equal [V]: captions of other images that score the same as the view's best caption.
+    image_of_view [V]: the image that each view shows, 0 to M - 1. With one view an image, as every
+        run of this house has, it is 0 to M - 1 in order, and M is V.
 
     Raises InputError for arrays that no gallery can have given.
     """
@@ -41,12 +49,13 @@ class RankTable:
     speech_image: np.ndarray
     image_greater: np.ndarray
     image_equal: np.ndarray
+    image_of_view: np.ndarray
 
     def __post_init__(self) -> None:
-        captions, images = self.speech_image.size, self.image_greater.size
+        captions, views = self.speech_image.size, self.image_of_view.size
         for field in fields(self):
             array = getattr(self, field.name)
-            length = captions if field.name.startswith("speech") else images
+            length = captions if field.name.startswith("speech") else views
             if array.dtype != np.int64 or array.shape != (length,) or not length:
                 raise InputError(
                     f"{field.name} is {array.dtype} {list(array.shape)}, not int64 [{length}], "
@@ -54,20 +63,29 @@ class RankTable:
                 )
             if array.min() < 0:
                 raise InputError(f"{field.name} holds {array.min()}; make the ranks again")
-        places = self.speech_image.clip(max=images)  # a place far outside would take much memory
-        captions_of = np.bincount(places, minlength=images)  # [M], longer if any is outside
-        if len(captions_of) != images or not captions_of.all():
-            raise InputError(
-                f"speech_image does not cover the {images} images; make the ranks again"
-            )
+        counted = []  # how many captions and views each image has
+        for name in ("speech_image", "image_of_view"):
+            places = getattr(self, name).clip(max=views)  # one far outside would take much memory
+            counted.append(np.bincount(places, minlength=self.images))
+            if len(counted[-1]) != self.images or not counted[-1].all():
+                raise InputError(
+                    f"{name} does not cover the {self.images} images; make the ranks again"
+                )
+        captions_of, views_of = counted
         # Subtracted, since a sum of two could overflow.
-        if (self.speech_greater >= images - self.speech_equal).any() or (
-            self.image_greater > captions - captions_of - self.image_equal
+        other_views = views - views_of[self.speech_image]
+        other_captions = captions - captions_of[self.image_of_view]
+        if (self.speech_greater > other_views - self.speech_equal).any() or (
+            self.image_greater > other_captions - self.image_equal
         ).any():
             raise InputError("a count exceeds the size of its gallery; make the ranks again")
 
+    @property
+    def images(self) -> int:
+        return int(self.image_of_view.clip(max=len(self.image_of_view)).max()) + 1
+
     def ranks(self, direction: str, *, optimistic: bool = False) -> np.ndarray:
-        """1-based ranks, int64, [N] for "speech_to_image" and [M] for "image_to_speech"."""
+        """1-based ranks, int64, [N] for "speech_to_image" and [V] for "image_to_speech"."""
         greater, equal = {
             "speech_to_image": (self.speech_greater, self.speech_equal),
             "image_to_speech": (self.image_greater, self.image_equal),
@@ -75,18 +93,18 @@ class RankTable:
         return 1 + greater + (0 if optimistic else equal)
 
     def save(self, path: Path) -> None:
-        """Write an npz file, aside first and renamed when it is whole."""
-        aside = path.with_name(f"{path.name}.part")
-        with aside.open("wb") as file:
-            np.savez_compressed(
-                file, **{field.name: getattr(self, field.name) for field in fields(self)}
-            )
-        os.replace(aside, path)
+        """Write an npz file, whole or not at all."""
+        write_npz(path, {field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
     def load(cls, path: Path) -> "RankTable":
-        """Read what `save` wrote, checked. Raises InputError that names the file."""
-        arrays = _read_npz(path, [field.name for field in fields(cls)])
+        """Read what `save` wrote, checked. Raises InputError that names the file.
+
+        Files written before images could have views have no `image_of_view`.
+        """
+        names = [field.name for field in fields(cls) if field.name != "image_of_view"]
+        arrays = read_npz(path, names, optional=["image_of_view"])
+        arrays.setdefault("image_of_view", np.arange(arrays["image_greater"].size))
         try:
             return cls(**arrays)
         except InputError as error:
@@ -103,13 +121,14 @@ def rank_table(
 ) -> RankTable:
     """Rank every caption among the images and every image among the captions, by dot product.
 
-    speech [N, D], image [M, D]: floating point, or integers, which become float64. Scale them to
+    speech [N, D], image [rows, D]: floating point, or integers, which become float64. Scale them to
     unit norm beforehand if cosines are wanted.
-    speech_image_id [N], image_id [M]: integers or strings; each image once, with one
-    caption or more.
+    speech_image_id [N], image_id [rows]: integers or strings; each image with one caption or more.
+    Rows of one image that are equal are counted once; those that differ are views of it, see the
+    docstring of this module.
     impl: as in `cmdlab_kernels.retrieval_ranks`.
 
-    Raises InputError for empty or mis-shaped input, NaN, infinity, repeated or unmatched ids, and
+    Raises InputError for empty or mis-shaped input, NaN, infinity, unmatched ids, and
     for what `retrieval_ranks` does not support.
     """
     speech, image = _embeddings("speech", speech), _embeddings("image", image)
@@ -120,14 +139,16 @@ def rank_table(
         )
     speech_image_id = _ids("speech_image_id", speech_image_id, len(speech), "speech")
     image_id = _ids("image_id", image_id, len(image), "image")
-    speech_image = _gallery_places(speech_image_id, image_id)
+    speech_image, image_of_row = _gallery_places(speech_image_id, image_id)
+    rows = _different_rows(image, image_of_row)
+    image, image_of_view = image[rows], image_of_row[rows]
     dtype = torch.promote_types(speech.dtype, image.dtype)
     try:
         counts = retrieval_ranks(
             speech.to(dtype),
             image.to(dtype),
             torch.from_numpy(speech_image).to(speech.device),
-            torch.arange(len(image), device=image.device),
+            torch.from_numpy(image_of_view).to(image.device),
             impl=impl,
         )
     except ValueError as error:
@@ -138,6 +159,7 @@ def rank_table(
         speech_image=speech_image,
         image_greater=counts.image_greater.cpu().numpy(),
         image_equal=counts.image_equal.cpu().numpy(),
+        image_of_view=image_of_view,
     )
 
 
@@ -146,11 +168,12 @@ def retrieval_metrics(table: RankTable) -> dict[str, Any]:
 
     `speech_to_image` and `image_to_speech`, each with `R@1`, `R@5`, `R@10` (percent, pessimistic),
     `optimistic_R@1` (percent), `median_rank` and `MRR` (mean of 1 / rank, 0 to 1), pessimistic too,
-    `queries`, `gallery`; and `mean_R@1`, the mean of the two R@1.
+    `queries`, `gallery`; and `mean_R@1`, the mean of the two R@1. Captions and views are counted:
+    speech_to_image has N queries in a gallery of V, image_to_speech V queries in a gallery of N.
     """
-    captions, images = len(table.speech_image), len(table.image_greater)
+    captions, views = len(table.speech_image), len(table.image_of_view)
     metrics: dict[str, Any] = {
-        "speech_to_image": _direction_metrics(table, "speech_to_image", gallery=images),
+        "speech_to_image": _direction_metrics(table, "speech_to_image", gallery=views),
         "image_to_speech": _direction_metrics(table, "image_to_speech", gallery=captions),
     }
     both = (metrics["speech_to_image"]["R@1"], metrics["image_to_speech"]["R@1"])
@@ -160,14 +183,29 @@ def retrieval_metrics(table: RankTable) -> dict[str, Any]:
 def evaluate_file(path: Path, *, impl: str = "auto") -> dict[str, Any]:
     """`retrieval_metrics` of the embeddings in an npz file, of any system.
 
-    Keys: speech [N, D], image [M, D], speech_image_id [N], image_id [M], as in `rank_table`.
-    Nothing is unpickled. Raises InputError that names the file and the entry.
+    Keys: speech [N, D], image [rows, D], speech_image_id [N], image_id [rows], as in `rank_table`.
+    Nothing is unpickled. What is made of rows of one image is told on standard error.
+    Raises InputError that names the file and the entry.
     """
-    arrays = _read_npz(path, ["speech", "image", "speech_image_id", "image_id"])
+    arrays = read_npz(path, ["speech", "image", "speech_image_id", "image_id"])
     try:
-        return retrieval_metrics(rank_table(**arrays, impl=impl))
+        table = rank_table(**arrays, impl=impl)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    rows, views, images = len(arrays["image"]), len(table.image_of_view), table.images
+    if views < rows:
+        print(
+            f"{path}: image: {rows - views} of {rows} rows repeat a row of the same image; "
+            "each different row is counted once",
+            file=sys.stderr,
+        )
+    if images < views:
+        print(
+            f"{path}: image: {views} different rows show {images} images; each is a view, with a "
+            "place in the gallery and a query of its own; give one row an image if none is meant",
+            file=sys.stderr,
+        )
+    return retrieval_metrics(table)
 
 
 def _direction_metrics(table: RankTable, direction: str, *, gallery: int) -> dict[str, Any]:
@@ -223,18 +261,18 @@ def _ids(name: str, ids: ArrayLike | Tensor, length: int, partner: str) -> np.nd
     return array.astype(np.int64)
 
 
-def _gallery_places(speech_image_id: np.ndarray, image_id: np.ndarray) -> np.ndarray:
-    """For each caption the place of its image in image_id, int64 [N]."""
+def _gallery_places(
+    speech_image_id: np.ndarray, image_id: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The image of each caption and of each row, int64 [N] and [rows]; images are numbered from 0
+    in the order of their first rows."""
     if speech_image_id.dtype.kind != image_id.dtype.kind:
         raise InputError(
             f"speech_image_id holds {speech_image_id.dtype} and image_id {image_id.dtype}; "
             "both must be integers, or both strings of one kind"
         )
-    order = np.argsort(image_id, kind="stable")
-    ordered = image_id[order]
-    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(repeated):
-        raise InputError(f"image_id: {repeated[0]!s} occurs more than once; give each image once")
+    ordered, first_row, image_of_row = np.unique(image_id, return_index=True, return_inverse=True)
+    number = np.argsort(np.argsort(first_row))  # of each id in `ordered`
     places = np.minimum(np.searchsorted(ordered, speech_image_id), len(ordered) - 1)
     unmatched = speech_image_id[ordered[places] != speech_image_id]
     if len(unmatched):
@@ -242,50 +280,21 @@ def _gallery_places(speech_image_id: np.ndarray, image_id: np.ndarray) -> np.nda
             f"speech_image_id: {len(unmatched)} captions have no image, the first is of "
             f"{unmatched[0]!s}; add the image or leave the captions out"
         )
-    speech_image = order[places].astype(np.int64)
-    silent = image_id[np.bincount(speech_image, minlength=len(image_id)) == 0]
+    silent = ordered[np.bincount(places, minlength=len(ordered)) == 0]
     if len(silent):
         raise InputError(
             f"image_id: {len(silent)} images have no caption, the first is {silent[0]!s}; "
             "leave them out or add their captions"
         )
-    return speech_image
+    return number[places], number[image_of_row]
 
 
-def _read_npz(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
-    """The named arrays of an npz file that nobody vouches for; nothing is unpickled."""
-    try:
-        with path.open("rb") as raw:
-            if raw.read(4) not in (b"PK\3\4", b"PK\5\6"):
-                raise InputError(f"{path}: not an npz file; write it with numpy.savez")
-            raw.seek(0)
-            with np.load(raw, allow_pickle=False) as file:
-                arrays = {}
-                for key in keys:
-                    if key not in file:
-                        raise InputError(f"{path}: {key} is missing; it needs {', '.join(keys)}")
-                    arrays[key] = _read_entry(path, file, key)
-    except InputError:
-        raise
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; mend the path") from error
-    except Exception as error:  # damaged archives make zipfile raise nearly anything
-        raise InputError(f"{path}: cannot be read ({_reason(error)}); write it again") from error
-    return arrays
-
-
-def _read_entry(path: Path, file: Any, key: str) -> np.ndarray:
-    try:
-        array = file[key]
-    except Exception as error:  # damaged, encrypted, pickled, or larger than memory
-        raise InputError(
-            f"{path}: {key} cannot be read ({_reason(error)}); save it as a plain array with "
-            "numpy.savez, without pickle"
-        ) from error
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path}: {key} is not an array; write it with numpy.savez")
-    return array
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _different_rows(image: Tensor, image_of_row: np.ndarray) -> np.ndarray:
+    """The first of those rows of an image that are equal, int64 [V]."""
+    if image_of_row.max() + 1 == len(image_of_row):
+        return np.arange(len(image_of_row))
+    first: dict[tuple[int, bytes], int] = {}
+    exact = image.double().cpu().numpy() + 0.0  # -0.0 becomes 0.0, which scores the same
+    for row, place in enumerate(image_of_row.tolist()):
+        first.setdefault((place, hashlib.sha256(exact[row]).digest()), row)
+    return np.fromiter(first.values(), np.int64)

@@ -78,16 +78,23 @@ class Comparison:
 
 
 def interval(
-    tables: Sequence[RankTable], metric: str, *, resamples: int = 2000, seed: int = 0
+    tables: Sequence[RankTable],
+    metric: str,
+    *,
+    captions: np.ndarray | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Interval:
     """Mean and 95 % interval of a metric over trained models, one table a seed.
 
     metric: one of METRICS. seed: of the bootstrap; the same seed gives the same interval.
+    captions: bool [N], the queries to count, of a speech_to_image metric; default: all. Images
+    without any of them are left out of the bootstrap, and ranked against as ever.
     The method is told in the docstring of this module. An interval is cut at the metric's bounds.
     Raises InputError if the tables are not of the same queries, or hold fewer than two images.
     """
-    results, resampled = _bootstrap(tables, metric, resamples, seed)
-    estimate = _estimate(results, resampled, len(tables[0].image_greater))
+    results, resampled, images = _bootstrap(tables, metric, captions, resamples, seed)
+    estimate = _estimate(results, resampled, images)
     low, high = estimate.interval()
     best = 1.0 if metric.endswith("MRR") else 100.0
     return Interval(estimate.mean, max(low, 0.0), min(high, best), results.tolist())
@@ -113,10 +120,9 @@ def compare(
             f"{len(treatment)} runs cannot be paired with {len(control)}; "
             "give both arms the same seeds"
         )
-    results, resampled = _bootstrap([*treatment, *control], metric, resamples, seed)
+    results, resampled, images = _bootstrap([*treatment, *control], metric, None, resamples, seed)
     pairs = len(treatment)
     differences = results[:pairs] - results[pairs:]
-    images = len(treatment[0].image_greater)
     estimate = _estimate(differences, resampled[:, :pairs] - resampled[:, pairs:], images)
     low, high = estimate.interval()
     return Comparison(
@@ -192,21 +198,29 @@ def _estimate(results: np.ndarray, resampled: np.ndarray, images: int) -> _Estim
 
 
 def _bootstrap(
-    tables: Sequence[RankTable], metric: str, resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The metric of each table [T], and again on each resample of the images [resamples, T].
+    tables: Sequence[RankTable],
+    metric: str,
+    captions: np.ndarray | None,
+    resamples: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The metric of each table [T], again on each resample of the images [resamples, T], and M.
 
     All tables see the same resamples, and the captions of an image stay together.
     """
     if not tables:
         raise InputError("no runs to draw an interval from; give at least one")
-    queries = tables[0].speech_image
-    if any(not np.array_equal(table.speech_image, queries) for table in tables):
+    queries, views = tables[0].speech_image, tables[0].image_of_view
+    if any(
+        not np.array_equal(table.speech_image, queries)
+        or not np.array_equal(table.image_of_view, views)
+        for table in tables
+    ):
         raise InputError("the runs are of different test queries; give runs of one corpus")
-    images = len(tables[0].image_greater)
+    parts = [_by_image(tables, name, captions) for name in _directions(metric)]
+    images = len(parts[0][1])
     if images < 2:
         raise InputError("one image tells nothing of the spread; evaluate on two or more")
-    parts = [_by_image(tables, name) for name in _directions(metric)]
     results = np.mean([sums.sum(0) / counts.sum() for sums, counts in parts], axis=0)
 
     generator = np.random.default_rng(seed)
@@ -220,7 +234,7 @@ def _bootstrap(
         weights = weights.reshape(block, images).astype(float)  # times each image was drawn
         blocks = [weights @ sums / (weights @ counts)[:, None] for sums, counts in parts]
         resampled.append(np.mean(blocks, axis=0))
-    return results, np.concatenate(resampled)
+    return results, np.concatenate(resampled), images
 
 
 def _directions(metric: str) -> list[str]:
@@ -232,14 +246,26 @@ def _directions(metric: str) -> list[str]:
     return [metric]
 
 
-def _by_image(tables: Sequence[RankTable], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Each image's sum of scores [M, T] and its number of queries [M]."""
+def _by_image(
+    tables: Sequence[RankTable], metric: str, captions: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each image's sum of scores [M, T] and its number of queries [M], none of which is 0."""
     direction, measure = metric.split("/")
-    images = len(tables[0].image_greater)
-    places = tables[0].speech_image if direction == "speech_to_image" else np.arange(images)
+    images = tables[0].images
+    places = {
+        "speech_to_image": tables[0].speech_image,
+        "image_to_speech": tables[0].image_of_view,
+    }[direction]
+    chosen = np.ones(len(places), bool)
+    if captions is not None:
+        if direction != "speech_to_image":
+            raise ValueError(f"captions are no queries of {metric}")
+        chosen = captions
     sums = []
     for table in tables:
-        ranks = table.ranks(direction)
+        ranks = table.ranks(direction)[chosen]
         scores = 1 / ranks if measure == "MRR" else 100.0 * (ranks <= int(measure[2:]))
-        sums.append(np.bincount(places, weights=scores, minlength=images))
-    return np.stack(sums, axis=1), np.bincount(places, minlength=images).astype(float)
+        sums.append(np.bincount(places[chosen], weights=scores, minlength=images))
+    counts = np.bincount(places[chosen], minlength=images).astype(float)
+    asked = counts > 0
+    return np.stack(sums, axis=1)[asked], counts[asked]

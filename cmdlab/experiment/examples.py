@@ -3,7 +3,7 @@
 The random ones are chosen by a fixed seed, the same for every arm; the failures are the worst.
 """
 
-import os
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from cmdlab.encoders import IMAGE_GRID
 from cmdlab.evaluation import RankTable
 from cmdlab.experiment.alignment import align
 from cmdlab.experiment.run import Data
+from cmdlab.outputs import write_file
 from cmdlab.records import write_json
 from cmdlab.retrieval import RetrievalModel, embed_images, embed_speech
 
@@ -62,9 +63,9 @@ def _query(
     caption = corpus.captions[index]
     clip = f"examples/caption-{index:05d}.mp3"
     waveform = read_audio(caption.audio)[: int(LONGEST * SAMPLE_RATE)]
-    aside = run_folder / f"{clip}.part"
-    soundfile.write(aside, waveform, SAMPLE_RATE, format="MP3")
-    os.replace(aside, run_folder / clip)
+    spoken = io.BytesIO()
+    soundfile.write(spoken, waveform, SAMPLE_RATE, format="MP3")
+    write_file(run_folder / clip, spoken.getvalue())
     own = int(data.test.image_index[index])
     best = scores.argsort(descending=True, stable=True)[:TOP].tolist()
     top = [
@@ -98,7 +99,7 @@ def _query(
 def _picture(data: Data, index: int, run_folder: Path) -> str:
     file = f"examples/image-{index:05d}.png"  # is there if another query shows it too
     if not (run_folder / file).exists():
-        aside = run_folder / f"{file}.part"
-        Picture.fromarray(read_image(data.test.corpus.images[index].path)).save(aside, "PNG")
-        os.replace(aside, run_folder / file)
+        shown = io.BytesIO()
+        Picture.fromarray(read_image(data.test.corpus.images[index].path)).save(shown, "PNG")
+        write_file(run_folder / file, shown.getvalue())
     return file

@@ -8,7 +8,7 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ from cmdlab.encoders import (
     fingerprint,
     open_stores,
 )
-from cmdlab.errors import InputError
-from cmdlab.evaluation import rank_table, retrieval_metrics
+from cmdlab.errors import InputError, nearest
+from cmdlab.evaluation import Voices, rank_table, retrieval_metrics
 from cmdlab.experiment.alignment import foil_test, pointing_game
 from cmdlab.records import write_json
 from cmdlab.retrieval import (
@@ -46,6 +46,7 @@ from cmdlab.retrieval import (
     Training,
     embed,
     embed_speech,
+    parameters_of,
     train,
 )
 
@@ -133,11 +134,13 @@ def run_experiment(
     run.
     """
     make_deterministic()
-    names = {field.name for field in fields(Denoising)}
-    known = (names | {field.name for field in fields(Training)}) - {"denoising"}
+    known = sorted(parameter.name for parameter in parameters_of([Training, Denoising]))
     for name in recipe:
         if name not in known:
-            raise InputError(f"no parameter {name!r}; there are {', '.join(sorted(known))}")
+            raise InputError(
+                f"no parameter {name!r}{nearest(name, known)}; there are {', '.join(known)}"
+            )
+    names = {parameter.name for parameter in parameters_of([Denoising])}
     denoising = Denoising(**{name: recipe.pop(name) for name in names & set(recipe)})
     training = Training(denoising=denoising, **recipe)
     device = pick_device(device)
@@ -172,7 +175,7 @@ def measure(
     *,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Evaluate on both held-out splits and write ranks.npz, model/ and, last, result.json.
+    """Evaluate on both held-out splits; write ranks.npz, voices.npz, model/, last result.json.
 
     Returns what result.json holds; `records.py` says what that is. Leaves the model on the CPU.
     """
@@ -180,6 +183,9 @@ def measure(
     speech, image = embed(model, data.test, device)
     table = rank_table(speech, image, data.test.image_index, torch.arange(len(image)))
     table.save(run_folder / "ranks.npz")
+    heard = {caption.speaker for caption in data.train.corpus.captions}
+    spoken = [caption.speaker for caption in data.test.corpus.captions]
+    Voices.of(spoken, heard).save(run_folder / "voices.npz")
     model.cpu().eval()
     model.save_pretrained(run_folder / "model")
     corpus = data.test.corpus

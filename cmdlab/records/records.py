@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cmdlab.errors import InputError
+from cmdlab.outputs import write_file
 
 SCHEMA = 1
 
@@ -109,17 +108,10 @@ def read_listing(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON aside, make it durable, and put it in its place in one step."""
+    """Write JSON, whole or not at all."""
     text = json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    # A path's bytes that are no UTF-8 are lone surrogates, which JSON can only escape.
+    write_file(path, f"{text}\n".encode(errors="backslashreplace"))
 
 
 def _read_json(path: Path) -> Any:

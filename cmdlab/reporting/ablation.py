@@ -1,4 +1,4 @@
-"""The ablation report: the eleven sections of a study, drawn from its records."""
+"""The ablation report: the sections of a study, drawn from its records."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from cmdlab.reporting.examples import Examples, map_blocks, queries_html, read_e
 from cmdlab.reporting.numbers import duration
 from cmdlab.reporting.page import Section, bullets, paragraph, write_page
 from cmdlab.reporting.study import HEADLINE, ArmComparison, Study, read_study
+from cmdlab.reporting.voices import voices_section
 
 
 def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None) -> None:
@@ -18,12 +19,13 @@ def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None
 
     runs: sweep listings (runs/sweeps/NAME.json), folders of runs, or run folders.
     title: in place of the sweep's own.
-    Only records are read: record.json, ranks.npz, examples.json and its media. The same records
-    give the same bytes. Raises InputError for records that cannot be reported.
+    Only records are read: record.json, ranks.npz, voices.npz, examples.json and its media. The same
+    records give the same bytes. Raises InputError for records that cannot be reported.
     """
     study = read_study(runs, title=title)
     comparisons = study.comparisons()
     examples = read_examples(study)
+    voices = voices_section(study)
     cells = len(study.runs) + len(study.lost)
     corpora = sorted({run.record["corpus"]["name"] for run in study.runs})
     write_page(
@@ -40,6 +42,7 @@ def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None
             _curves(study),
             _cost(study),
             _alignment(study),
+            *([voices] if voices else []),
             _examples(study, examples),
             _maps(examples),
             _limits(study),

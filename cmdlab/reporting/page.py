@@ -3,7 +3,6 @@
 Every string that is not `Markup` is escaped. The page's own policy forbids scripts and requests.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from cmdlab.errors import InputError
+from cmdlab.outputs import write_file
 
 LARGEST_PAGE = 5_000_000  # bytes
 HERE = Path(__file__).parent
@@ -115,16 +115,10 @@ def write_page(
         footer=footer,
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
     )
-    content = html.encode("utf-8")
+    content = html.encode(errors="backslashreplace")  # text of a data set may be no UTF-8
     if len(content) >= LARGEST_PAGE:
         raise InputError(
             f"{output}: the page would have {len(content):,} bytes, and {LARGEST_PAGE:,} is too "
             "many; give fewer runs or record smaller examples"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f"{output.name}.{os.getpid()}.part")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, output)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_file(output, content)

@@ -15,8 +15,8 @@ from cmdlab.reporting.summary import write_summary
 def publish(runs: Sequence[Path], folder: Path, output: Path) -> None:
     """Copy into the new `folder` what a report needs, and draw `output` from the copy.
 
-    Every record and its ranks are kept; models and executed notebooks are not; examples are kept
-    of the two runs that the report shows. summary.md and summary.svg are for a README.
+    Every record, its ranks and its voices are kept; models and executed notebooks are not; examples
+    are kept of the two runs that the report shows. summary.md and summary.svg are for a README.
     Raises InputError where `folder` is there already.
     """
     if folder.exists():
@@ -33,10 +33,11 @@ def publish(runs: Sequence[Path], folder: Path, output: Path) -> None:
     for run in (*loaded.done, *loaded.failed):
         kept = aside / run.record["id"]
         kept.mkdir(exist_ok=True)
-        names = ["record.json", "ranks.npz"]
+        names = ["record.json", "ranks.npz", "voices.npz"]
         if run.record["id"] in with_examples:
             names.append("examples.json")
-            shutil.copytree(run.folder / "examples", kept / "examples", dirs_exist_ok=True)
+            if (run.folder / "examples").is_dir():
+                shutil.copytree(run.folder / "examples", kept / "examples", dirs_exist_ok=True)
         for name in names:
             if (run.folder / name).exists():
                 shutil.copyfile(run.folder / name, kept / name)

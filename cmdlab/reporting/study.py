@@ -15,6 +15,7 @@ from cmdlab.evaluation import (
     Comparison,
     Interval,
     RankTable,
+    Voices,
     compare,
     holm,
     interval,
@@ -28,11 +29,15 @@ NOT_AN_AXIS = {"seed", "smoke", "run_folder"}
 
 @dataclass(frozen=True)
 class Run:
-    """One finished cell: its folder, its record, and the rank of every test query."""
+    """One finished cell: its folder, its record, and the rank of every test query.
+
+    `voices` is None for records of before voices were kept.
+    """
 
     folder: Path
     record: dict[str, Any]
     ranks: RankTable
+    voices: Voices | None = None
 
     @property
     def id(self) -> str:
@@ -267,7 +272,20 @@ def _run(run: records.Run) -> Run:
             f"{run.folder / 'record.json'}: metrics/test/mean_R@1 is {recorded}, but ranks.npz "
             f"gives {counted:.4f}; run the cell again"
         )
-    return Run(run.folder, run.record, ranks)
+    return Run(run.folder, run.record, ranks, _voices(run.folder, len(ranks.speech_image)))
+
+
+def _voices(folder: Path, captions: int) -> Voices | None:
+    path = folder / "voices.npz"
+    if not path.exists():
+        return None
+    voices = Voices.load(path)
+    if len(voices.of_caption) != captions:
+        raise InputError(
+            f"{path}: of_caption has {len(voices.of_caption)} captions, but ranks.npz {captions}; "
+            "run the cell again"
+        )
+    return voices
 
 
 def wilson(hits: float, trials: float) -> tuple[float, float]:

@@ -1,10 +1,10 @@
 """A report in a few lines for a README: the claim, a table in Markdown, and one figure."""
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from cmdlab.outputs import write_file
 from cmdlab.reporting.claim import claim
 from cmdlab.reporting.figures import forest_panel
 from cmdlab.reporting.numbers import number, signed
@@ -22,8 +22,8 @@ def write_summary(study: Study, folder: Path) -> None:
     """Write `summary.md` and `summary.svg` of a study into its folder."""
     comparisons = study.comparisons()
     told = " ".join(str(claim(study, comparisons).striptags()).split())
-    _write(folder / "summary.md", f"{told}\n\n{_table(study, comparisons)}\n")
-    _write(folder / "summary.svg", _standalone(str(forest_panel(study, HEADLINE, comparisons))))
+    write_file(folder / "summary.md", f"{told}\n\n{_table(study, comparisons)}\n")
+    write_file(folder / "summary.svg", _standalone(str(forest_panel(study, HEADLINE, comparisons))))
 
 
 def _table(study: Study, comparisons: Sequence[ArmComparison]) -> str:
@@ -65,9 +65,3 @@ def _standalone(svg: str) -> str:
     ground = f'<rect width="100%" height="100%" fill="{PAPER}"/>'
     svg = re.sub("<svg([^>]*)>", rf"<svg\1>{ground}", svg, count=1)
     return svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

@@ -2,6 +2,7 @@
 
 from cmdlab.retrieval.denoising import Denoising
 from cmdlab.retrieval.model import RetrievalModel
+from cmdlab.retrieval.recipe import parameters_of
 from cmdlab.retrieval.training import (
     Trained,
     Training,
@@ -20,6 +21,7 @@ __all__ = [
     "embed",
     "embed_images",
     "embed_speech",
+    "parameters_of",
     "rank",
     "train",
 ]

@@ -26,14 +26,8 @@ from cmdlab_kernels.info_nce import info_nce
 from torch import Tensor, nn
 
 from cmdlab.errors import InputError, check_types
+from cmdlab.retrieval.recipe import check_choices, parameter
 
-CHOICES = {
-    "direction": ("image", "speech", "both"),
-    "corruption": ("swap", "gaussian", "mask", "shuffle"),
-    "target": ("tokens", "pooled"),
-    "loss": ("normalised_mse", "cosine", "info_nce"),
-    "context": ("own", "other"),
-}
 NEGATIVES = 512  # corrupted places that the InfoNCE loss compares with each other
 
 
@@ -50,19 +44,29 @@ class Denoising:
     but the pairing as it is, of the batch's row before it ("other").
     """
 
-    direction: str = "image"
-    corruption: str = "mask"
-    rate: float = 0.1
-    target: str = "pooled"
-    loss: str = "normalised_mse"
-    depth: int = 2
-    context: str = "own"
+    direction: str = parameter(
+        "image", "which side is corrupted", choices=("image", "speech", "both")
+    )
+    corruption: str = parameter(
+        "mask", "what becomes of a token", choices=("swap", "gaussian", "mask", "shuffle")
+    )
+    rate: float = parameter(0.1, "fraction of the tokens that is corrupted, above 0, at most 1")
+    target: str = parameter("pooled", "what is to be restored", choices=("tokens", "pooled"))
+    loss: str = parameter(
+        "normalised_mse",
+        "how the restored is judged",
+        choices=("normalised_mse", "cosine", "info_nce"),
+    )
+    depth: int = parameter(2, "cross-attentions of the denoiser")
+    context: str = parameter(
+        "own",
+        "whose other side is attended to, another pair's as a control",
+        choices=("own", "other"),
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name}: {getattr(self, name)!r} is none of {', '.join(choices)}")
+        check_choices(self)
         if not 0 < self.rate <= 1:
             raise InputError(f"rate: {self.rate} does not lie in (0, 1]")
         if self.depth < 1:

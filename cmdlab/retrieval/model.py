@@ -5,7 +5,6 @@ Nothing here knows of denoising: a model trained with it and one trained without
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmdlab.errors import InputError
+from cmdlab.outputs import write_file
 
 GROUP = 32  # captions that the speech head computes together on a CPU
 
@@ -195,18 +195,11 @@ class RetrievalModel(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `model.safetensors` and `model.json`."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = folder / "model.safetensors"
-        save_file(
-            {name: value.contiguous() for name, value in self.state_dict().items()},
-            weights.with_suffix(".part"),
-        )
-        os.replace(weights.with_suffix(".part"), weights)
-        sizes = folder / "model.json"
-        sizes.with_suffix(".part").write_text(json.dumps(asdict(self.shape), indent=1) + "\n")
-        os.replace(sizes.with_suffix(".part"), sizes)
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        write_file(folder / "model.safetensors", save(weights))
+        write_file(folder / "model.json", json.dumps(asdict(self.shape), indent=1) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "RetrievalModel":

@@ -5,8 +5,8 @@ continues to the very same weights (on a CPU, bit for bit), and two arms of one 
 batches from the same initial heads.
 """
 
+import io
 import math
-import os
 import resource
 import time
 from collections.abc import Sequence
@@ -20,38 +20,46 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cmdlab.encoders import Features, FeatureStore
-from cmdlab.errors import InputError, check_types
+from cmdlab.errors import InputError, check_seed, check_types
 from cmdlab.evaluation import RankTable, rank_table, retrieval_metrics
+from cmdlab.outputs import write_file
 from cmdlab.retrieval.denoising import Denoising
 from cmdlab.retrieval.losses import Batch, make_denoisers, training_losses
 from cmdlab.retrieval.model import RetrievalModel, Shape
+from cmdlab.retrieval.recipe import check_choices, parameter
 
 
 @dataclass(frozen=True)
 class Training:
     """The recipe of a run. `weight` 0 is contrastive training alone: no denoiser is made."""
 
-    seed: int = 1
-    steps: int = 300
-    batch_size: int = 128
-    learning_rate: float = 1e-2
-    warm_up: int = 50  # steps; then linear decay to zero
-    weight_decay: float = 0.01
-    gradient_clip: float = 1.0
-    image_head: str = "global"
-    validate_every: int = 100  # steps
-    weight: float = 0.0
+    seed: int = parameter(1, "decides first weights, batches and corruption")
+    steps: int = parameter(300, "steps of training")
+    batch_size: int = parameter(128, "captions of a step")
+    learning_rate: float = parameter(1e-2, "its highest, at the end of the warm-up")
+    warm_up: int = parameter(50, "steps of rising learning rate; then it falls to zero")
+    weight_decay: float = parameter(0.01, "weight decay of AdamW")
+    gradient_clip: float = parameter(1.0, "largest norm of the gradient")
+    image_head: str = parameter(
+        "global",
+        "the frozen embedding alone, or with pooled patches",
+        choices=("global", "patches"),
+    )
+    validate_every: int = parameter(100, "steps from one validation to the next")
+    weight: float = parameter(0.0, "weight of the denoising loss; 0 is contrastive training alone")
     denoising: Denoising = field(default_factory=Denoising)
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_choices(self)
         for name in ("steps", "batch_size", "validate_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is not at least 1")
         for name in ("learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}: {getattr(self, name)} is not above 0 and finite")
-        for name in ("seed", "warm_up", "weight_decay", "weight"):
+        check_seed(self.seed)
+        for name in ("warm_up", "weight_decay", "weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}: {getattr(self, name)} is not at least 0 and finite")
 
@@ -92,10 +100,12 @@ def train(
     )
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-    torch.manual_seed(training.seed)
+    # torch's generators read the low 32 bits of a seed alone: the high ones are folded in.
+    seed = training.seed ^ (training.seed >> 32)
+    torch.manual_seed(seed)
     model = RetrievalModel(shape).to(device)
     patches = int(train_features.image.lengths.max())
-    torch.manual_seed(training.seed)  # the heads are the same whether there is a denoiser or not
+    torch.manual_seed(seed)  # the heads are the same whether there is a denoiser or not
     denoisers = make_denoisers(training.denoising, shape, patches) if training.weight else None
     trained = Trained(model, (denoisers or nn.ModuleDict()).to(device), [], {}, 0.0, 0)
     parameters = [*model.parameters(), *trained.denoisers.parameters()]
@@ -112,7 +122,7 @@ def train(
         started = time.perf_counter()
         for group in optimiser.param_groups:
             group["lr"] = training.learning_rate * _schedule(step, training)
-        generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**64)
         batch = make_batch(
             train_features, _captions_of_step(step, training, train_features), device
         )
@@ -247,9 +257,9 @@ def _save_checkpoint(
         "validation": trained.validation,
         "seconds": trained.seconds,
     }
-    aside = path.with_name(f"{path.name}.part")
-    torch.save(state, aside)
-    os.replace(aside, path)
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_file(path, content.getvalue())
 
 
 def _load_checkpoint(

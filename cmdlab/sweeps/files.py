@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from cmdlab.errors import InputError
+from cmdlab.errors import InputError, check_seed
 from cmdlab.records import SCHEMA, source_sha256
 from cmdlab.sweeps.notebooks import Notebook, read_notebook
 
@@ -120,6 +120,11 @@ def _read_plan(file: Path) -> dict[str, Any]:
         raise InputError(f"{file}: seeds is {seeds!r}; give a list of different whole numbers")
     if any(type(seed) is not int for seed in seeds):
         raise InputError(f"{file}: seeds is {seeds!r}; give whole numbers")
+    for seed in seeds:
+        try:
+            check_seed(seed)
+        except InputError as error:
+            raise InputError(f"{file}: seeds: {error}") from error
     if not plan.get("arms") and not plan.get("grid"):
         raise InputError(f"{file}: has no arms; give 'arms' or 'grid'")
     return plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmdlab.errors import InputError
+from cmdlab.errors import InputError, nearest
+from cmdlab.outputs import write_file
 
 
 class NotebookError(RuntimeError):
@@ -52,15 +54,24 @@ def run_notebook(notebook: Path, parameters: Mapping[str, Any], output: Path) ->
             execute(notebook, checked, Path(folder))
         finally:
             if executed.exists():
-                os.replace(executed, output)
+                write_file(output, executed.read_bytes())
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A name that the `parameters` cell assigns, with its default and its type, if one is given."""
+    """A name that the `parameters` cell assigns, with its default and its type, if one is given.
+
+    `source` is the default as it is written, e.g. "{1: 'one'}".
+    """
 
     default: Any
     annotation: ast.expr | None
+    source: str
+
+    @property
+    def recorded(self) -> Any:
+        """The default as a record holds it: its source where JSON would change it."""
+        return self.default if _survives_json(self.default) else self.source
 
     @property
     def type(self) -> str:
@@ -83,22 +94,24 @@ class Notebook:
     sha256: str
 
     def fill(self, values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-        """All parameters: the given values, checked, over the notebook's defaults.
+        """All parameters as a record holds them: the given values, checked, over the defaults.
 
         A whole number given for a float becomes a float, so that 1 and 1.0 are one value.
         Raises InputError that starts with `where`.
         """
-        filled = {name: parameter.default for name, parameter in self.parameters.items()}
+        filled = {name: parameter.recorded for name, parameter in self.parameters.items()}
         for name, value in values.items():
             parameter = self.parameters.get(name)
             if parameter is None:
                 known = ", ".join(sorted(self.parameters))
                 raise InputError(
-                    f"{where}: {self.path.name} has no parameter {name!r}; it has {known}"
+                    f"{where}: {self.path.name} has no parameter {name!r}"
+                    f"{nearest(name, self.parameters)}; it has {known}"
                 )
-            if type(value) is int and not parameter.fits(value) and parameter.fits(float(value)):
-                value = float(value)
-            if not parameter.fits(value) or not _is_json(value):
+            if type(value) is int and not parameter.fits(value):
+                number = _as_float(value)
+                value = number if parameter.fits(number) else value
+            if not parameter.fits(value):
                 hint = ""
                 if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value):
                     hint = " (YAML reads 1e-3 as text: write 1.0e-3)"
@@ -106,8 +119,21 @@ class Notebook:
                     f"{where}: parameter {name!r} is {value!r}, and {self.path.name} wants "
                     f"{parameter.type}{hint}"
                 )
+            if not _survives_json(value):
+                raise InputError(
+                    f"{where}: parameter {name!r} is {value!r}, which JSON would change on its way "
+                    "to the notebook; give text as keys, lists in place of tuples, finite numbers"
+                )
             filled[name] = value
         return filled
+
+    def changed(self, filled: Mapping[str, Any]) -> dict[str, Any]:
+        """What to pass to the notebook: of what `fill` gave all but its own defaults."""
+        return {
+            name: value
+            for name, value in filled.items()
+            if json.dumps(value) != json.dumps(self.parameters[name].recorded)
+        }
 
 
 def read_notebook(path: Path) -> Notebook:
@@ -158,7 +184,7 @@ def _parse_parameters(source: str, path: Path) -> dict[str, Parameter]:
                     "only imports and `name: type = value` may stand there"
                 )
         try:
-            parameters[name] = Parameter(ast.literal_eval(value), annotation)
+            parameters[name] = Parameter(ast.literal_eval(value), annotation, ast.unparse(value))
         except ValueError:
             raise InputError(
                 f"{path}: parameters cell, line {statement.lineno}: {name!r} needs a plain value, "
@@ -195,12 +221,19 @@ def _fits(value: Any, annotation: ast.expr) -> bool:
     return True
 
 
-def _is_json(value: Any) -> bool:
+def _survives_json(value: Any) -> bool:
+    """Whether JSON gives the same back: no other keys than text, no tuple, no NaN, at any depth."""
     try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError, RecursionError):
         return False
-    return True
+
+
+def _as_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf  # which is refused
 
 
 def execute(
@@ -211,7 +244,7 @@ def execute(
     environment: Mapping[str, str] | None = None,
     stop: threading.Event | None = None,
 ) -> None:
-    """Run a notebook, its parameters already checked, and leave `folder`/notebook.ipynb.
+    """Run a notebook with what `Notebook.fill` gave, and leave `folder`/notebook.ipynb.
 
     A process of its own runs papermill, since its working folder is not safe across threads; both
     that process and the kernel are killed by the system when this process ends, however it ends.
@@ -221,7 +254,8 @@ def execute(
     stop = stop or threading.Event()
     scratch, log = folder / "scratch", folder / "log.txt"
     scratch.mkdir()
-    job = {"notebook": str(notebook), "parameters": dict(parameters), "folder": str(folder)}
+    given = read_notebook(notebook).changed(parameters)
+    job = {"notebook": str(notebook), "parameters": given, "folder": str(folder)}
     (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
     variables = {
         **os.environ,

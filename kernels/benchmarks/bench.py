@@ -14,7 +14,7 @@ import csv
 import ctypes
 import gc
 import importlib
-import os
+import io
 import platform
 import re
 import subprocess
@@ -47,12 +47,14 @@ def run_benchmarks(
     quick: bool = False,
     operations: Sequence[str] = (),
     output: Path | None = None,
+    write: Callable[[Path, str], object] = Path.write_text,
 ) -> bool:
     """Check and time the operations (default: all), print a table, and write the CSV.
 
     device: "cpu" or "cuda", by default the GPU where there is one. quick: small sizes, few
     repeats. output: by default reports/kernels/<cpu or the GPU's name>.csv, or with `quick` no
-    file. Returns whether every answer was right; an operation with a wrong one gives no speed.
+    file; `write` puts the text there. Returns whether every answer was right; an operation with a
+    wrong one gives no speed.
     Raises ValueError for an operation or a device that is not there.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,7 +85,8 @@ def run_benchmarks(
     for line in rows:
         print(_summary(line))
     if output is not None:
-        _write([{**line, **machine} for line in rows], output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write(output, _csv([{**line, **machine} for line in rows]))
         print(f"written to {output}", file=sys.stderr)
     return right
 
@@ -274,11 +277,9 @@ def _summary(line: dict[str, Any]) -> str:
     )
 
 
-def _write(rows: list[dict[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.part")
-    with aside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(aside, path)
+def _csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

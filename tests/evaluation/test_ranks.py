@@ -87,6 +87,98 @@ def test_separable_embeddings_find_everything():
     assert metrics["image_to_speech"]["MRR"] == 1
 
 
+# Scores of 4 captions against 4 views: two of image 0, one of image 1, one of image 2.
+VIEW_SCORES = np.array(
+    [
+        [5, 1, 3, 2],  # of image 0: its best view has 5, nothing is above: rank 1
+        [1, 2, 3, 3],  # of image 0: 2, and both others are above: 3
+        [4, 3, 4, 1],  # of image 1: 4, and a view of image 0 ties: 2, or 1
+        [2, 2, 6, 1],  # of image 2: 1, and both views of image 0 and image 1 are above: 4
+    ]
+)
+# View 0: its best caption 5 (rank 1); view 1: 2, with a 3 above and another 2 (3, or 2);
+# image 1: 4, with a 6 above (2); image 2: 1, with 2 and 3 above and another 1 (4, or 3).
+VIEWS = {
+    "speech_to_image": {
+        "R@1": 25.0,
+        "R@5": 100.0,
+        "R@10": 100.0,
+        "optimistic_R@1": 50.0,
+        "median_rank": 2.5,
+        "MRR": pytest.approx((1 + 1 / 3 + 1 / 2 + 1 / 4) / 4),
+        "queries": 4,
+        "gallery": 4,
+    },
+    "image_to_speech": {
+        "R@1": 25.0,
+        "R@5": 100.0,
+        "R@10": 100.0,
+        "optimistic_R@1": 25.0,
+        "median_rank": 2.5,
+        "MRR": pytest.approx((1 + 1 / 3 + 1 / 2 + 1 / 4) / 4),
+        "queries": 4,
+        "gallery": 4,
+    },
+    "mean_R@1": 25.0,
+}
+VIEW_OWNER = np.array([0, 0, 1, 2])
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_different_rows_of_an_image_are_views(impl):
+    table = rank_table(VIEW_SCORES, np.eye(4), VIEW_OWNER, VIEW_OWNER, impl=impl)
+    assert table.ranks("speech_to_image").tolist() == [1, 3, 2, 4]
+    assert table.ranks("image_to_speech").tolist() == [1, 3, 2, 4]
+    assert (table.images, table.image_of_view.tolist()) == (3, [0, 0, 1, 2])
+    assert retrieval_metrics(table) == VIEWS
+
+
+def saved(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def test_equal_rows_of_an_image_are_counted_once(tmp_path, capsys):
+    once = saved(
+        tmp_path / "once.npz",
+        **{"speech": SCORES, "image": np.eye(4), "speech_image_id": OWNER, "image_id": range(4)},
+    )
+    rows = np.eye(4)[OWNER]
+    rows[1] *= -1
+    rows[1] *= -1  # -0.0 is equal to 0.0
+    dumped = saved(
+        tmp_path / "dumped.npz",
+        **{"speech": SCORES, "image": rows, "speech_image_id": OWNER, "image_id": OWNER},
+    )
+    expected = evaluate_file(once)
+    assert capsys.readouterr().err == ""
+    assert evaluate_file(dumped) == expected
+    assert capsys.readouterr().err == (
+        f"{dumped}: image: 4 of 8 rows repeat a row of the same image; each different row is "
+        "counted once\n"
+    )
+
+
+def test_equal_and_different_rows_may_stand_together(tmp_path, capsys):
+    rows, owner = np.eye(4)[[3, 0, 1, 1, 2, 3]], np.array(["c", "a", "a", "a", "b", "c"])
+    path = saved(
+        tmp_path / "mixed.npz",
+        speech=VIEW_SCORES,
+        image=rows,
+        speech_image_id=np.array(["a", "a", "b", "c"]),
+        image_id=owner,
+    )
+    assert evaluate_file(path) == VIEWS
+    repeats, views = capsys.readouterr().err.splitlines()
+    assert "2 of 6 rows repeat" in repeats
+    assert "4 different rows show 3 images; each is a view" in views
+
+
+def test_equal_rows_of_two_images_are_two_images():
+    table = rank_table(np.ones((2, 1)), np.ones((2, 1)), np.arange(2), np.arange(2))
+    assert table.ranks("speech_to_image").tolist() == [2, 2]
+
+
 @st.composite
 def galleries(draw):
     """Small-integer embeddings, full of ties; images of 1 to 7 captions, captions in any order."""
@@ -127,6 +219,27 @@ def test_ranks_are_those_of_brute_force(gallery):
         assert part["R@1"] <= part["optimistic_R@1"]
         assert part["R@1"] <= part["R@5"] <= part["R@10"]
         assert part["R@1"] / 100 <= part["MRR"] <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(galleries(), st.data())
+def test_ranks_with_views_are_those_of_brute_force(gallery, data):
+    speech, image, owner = gallery
+    more = data.draw(st.lists(st.sampled_from(owner.tolist()), max_size=5))
+    shown = np.array([*range(len(image)), *more])
+    shifted = [image[i] + data.draw(st.integers(0, 1)) for i in more]  # equal, or another view
+    rows = np.array([*image, *shifted], np.float32)
+    views = sorted({(int(i), tuple(row)) for i, row in zip(shown, rows.tolist(), strict=True)})
+    scores = speech @ np.array([row for _, row in views], np.float32).T
+    own = owner[:, None] == np.array([i for i, _ in views])
+    table = rank_table(speech, rows, owner, shown)
+    for direction, scored, right in (
+        ("speech_to_image", scores, own),
+        ("image_to_speech", scores.T, own.T),
+    ):
+        best = np.where(right, scored, -np.inf).max(1, keepdims=True)
+        ranks = 1 + (~right & (scored >= best)).sum(1)
+        assert sorted(table.ranks(direction)) == sorted(ranks)
 
 
 @settings(max_examples=30, deadline=None)
@@ -198,6 +311,15 @@ def test_a_table_is_read_as_it_was_saved(tmp_path):
     assert retrieval_metrics(RankTable.load(tmp_path / "ranks.npz")) == retrieval_metrics(table)
 
 
+def test_a_table_saved_before_there_were_views_is_read(tmp_path):
+    rank_table(SCORES, np.eye(4), OWNER, np.arange(4)).save(tmp_path / "ranks.npz")
+    arrays = dict(np.load(tmp_path / "ranks.npz"))
+    del arrays["image_of_view"]
+    np.savez(tmp_path / "old.npz", **arrays)
+    read = RankTable.load(tmp_path / "old.npz")
+    assert retrieval_metrics(read) == retrieval_metrics(RankTable.load(tmp_path / "ranks.npz"))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -210,6 +332,9 @@ def test_a_table_is_read_as_it_was_saved(tmp_path):
         {"speech_greater": np.full(8, 2**62), "speech_equal": np.full(8, 2**62)},  # overflows
         {"image_greater": np.zeros(3, np.int64)},
         {"speech_greater": np.zeros(8)},
+        {"image_of_view": np.array([0, 0, 1, 3])},  # an image without a view
+        {"image_of_view": np.array([0, 1, 2, 2**45])},
+        {"image_of_view": np.zeros(4, np.int64)},  # captions of images that are not there
     ],
 )
 def test_a_table_that_no_gallery_can_give_is_refused(tmp_path, change):

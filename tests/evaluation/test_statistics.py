@@ -1,5 +1,7 @@
 """Intervals hold as often as they say, on data drawn with seed and image effects."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,12 +22,49 @@ def table_of_hits(speech_hits, image_hits, owner):
         speech_image=np.asarray(owner, np.int64),
         image_greater=(~image_hits).astype(np.int64),
         image_equal=np.zeros(len(image_hits), np.int64),
+        image_of_view=np.arange(len(image_hits)),
     )
 
 
 def one_caption_each(hits):
     """The same hits in both directions."""
     return table_of_hits(hits, hits, np.arange(len(hits)))
+
+
+def test_the_views_of_an_image_are_drawn_together():
+    """Image 0 has one view that is found and two that are not, image 1 one that is found."""
+    plain = table_of_hits([1, 1], [1, 0], [0, 1])
+    views = replace(
+        plain,
+        image_greater=np.array([0, 1, 1, 0]),
+        image_equal=np.zeros(4, np.int64),
+        image_of_view=np.array([0, 0, 0, 1]),
+    )
+    none = replace(views, image_greater=np.ones(4, np.int64))
+    metric = "image_to_speech/R@1"
+    found = compare([views], [none], metric)
+    assert found.difference == interval([views], metric).mean == 50
+    # Drawn as images, a resample has 3 + 3, 3 + 1 or 1 + 1 views: 1/3, 2/4 or all are found.
+    spread = np.array([100 / 3, 50, 50, 100]).std() * 2**0.5  # M / (M - 1) is 2
+    assert found.high - 50 == pytest.approx(stats.t.ppf(0.975, 1) * spread, rel=0.05)
+    with pytest.raises(InputError, match="different test queries"):
+        interval([views, plain], metric)
+
+
+@pytest.mark.parametrize("metric", ["speech_to_image/R@1", "speech_to_image/MRR"])
+def test_some_captions_are_judged_as_if_there_were_no_others(metric):
+    generator = np.random.default_rng(3)
+    owner = np.repeat(np.arange(40), 3)
+    chosen = (generator.random(120) < 0.4) & (owner % 4 != 1)  # no caption of some images
+    hits = generator.random((3, 120)) < 0.5
+    tables = [table_of_hits(one, np.ones(40), owner) for one in hits]
+    left, renumbered = np.unique(owner[chosen], return_inverse=True)
+    alone = [table_of_hits(one[chosen], np.ones(len(left)), renumbered) for one in hits]
+    found = interval(tables, metric, captions=chosen)
+    assert found == interval(alone, metric)
+    if metric.endswith("R@1"):
+        assert found.per_seed == pytest.approx(100 * hits[:, chosen].mean(1))
+    assert interval(tables, metric, captions=np.ones(120, bool)) == interval(tables, metric)
 
 
 OWNER = np.repeat(np.arange(60), np.arange(60) % 3 + 1)  # 1 to 3 captions an image

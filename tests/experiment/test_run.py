@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from cmdlab.corpora import load_corpus
+from cmdlab.corpora.speaking import TEST_ONLY_VOICES
 from cmdlab.errors import InputError
+from cmdlab.evaluation import Voices
 from cmdlab.evaluation.ranks import RankTable, retrieval_metrics
 from cmdlab.experiment.examples import write_examples
 from cmdlab.experiment.run import inference_cost, open_data, pick_device, run_experiment
@@ -57,6 +59,15 @@ def test_ranks_and_model_are_those_of_the_result(runs, smoke_data):
     model = RetrievalModel.from_pretrained(runs["cmd"] / "model").eval()
     assert retrieval_metrics(rank(model, smoke_data.test)) == result["metrics"]["test"]
     assert retrieval_metrics(rank(model, smoke_data.validation)) == result["metrics"]["validation"]
+
+
+def test_a_run_keeps_who_spoke_and_who_was_heard(runs, smoke_data):
+    voices = Voices.load(runs["cmd"] / "voices.npz")
+    captions = smoke_data.test.corpus.captions
+    assert voices.names[voices.of_caption].tolist() == [one.speaker for one in captions]
+    heard = {one.speaker for one in smoke_data.train.corpus.captions}
+    assert {str(name) for name in voices.names[voices.heard]} <= heard
+    assert {str(name) for name in voices.names[~voices.heard]} == set(TEST_ONLY_VOICES)
 
 
 def test_no_system_is_above_the_ceilings(runs):
@@ -154,6 +165,8 @@ def test_an_unknown_name_is_refused_before_anything_is_done(tmp_path):
         run_experiment(tmp_path / "none", tmp_path / "run", noise_rate=0.3)
     with pytest.raises(InputError, match="no parameter 'denoising'"):
         run_experiment(tmp_path / "none", tmp_path / "run", denoising=Denoising())
+    with pytest.raises(InputError, match="image_head: 'none' is none of global, patches"):
+        run_experiment(tmp_path / "none", tmp_path / "run", image_head="none")
     with pytest.raises(InputError, match="direction: 'text'"):
         run_experiment(tmp_path / "none", tmp_path / "run", direction="text")
     with pytest.raises(InputError, match="steps: '300' is no int"):

@@ -206,6 +206,14 @@ def test_no_json_value_breaks_the_reader(tmp_path_factory, key, value):
     assert record[key] == value
 
 
+def test_a_name_that_is_no_utf8_comes_back_as_it_was(tmp_path):
+    corpus = os.fsdecode(b"data/caf\xe9")
+    write_json(tmp_path / "one.json", {"corpus": corpus, "text": "Größe"})
+    written = (tmp_path / "one.json").read_text(encoding="utf-8")
+    assert json.loads(written) == {"corpus": corpus, "text": "Größe"}
+    assert "Größe" in written
+
+
 def test_what_is_not_valid_is_not_written(tmp_path):
     with pytest.raises(InputError, match="wall_seconds is nan"):
         write_record(tmp_path, record_of(1, wall_seconds=float("nan")))

@@ -14,6 +14,7 @@ import soundfile
 from PIL import Image, ImageDraw
 from scipy.stats import norm
 
+from cmdlab.evaluation import Voices
 from cmdlab.evaluation.ranks import RankTable, retrieval_metrics
 from cmdlab.records.records import write_listing, write_record
 
@@ -44,6 +45,7 @@ def write_study(
     listing: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
     examples: bool = True,
+    voices: Voices | None = None,
 ) -> Path:
     """Write the cells of `arms` (name → parameters that differ from BASE) at every seed.
 
@@ -77,6 +79,8 @@ def write_study(
                     {"id": run_id, "arm": arm, "seed": seed, "parameters": parameters},
                     dict(record or {}),
                 )
+                if voices is not None:
+                    voices.save(runs / run_id / "voices.npz")
                 if examples:
                     write_examples(runs / run_id, text)
             cells.append({"id": run_id, "arm": arm, "seed": seed, "status": status})
@@ -159,6 +163,7 @@ def _ranks(images: int, captions: int, effect: float, seed: int, arm: str) -> Ra
         speech_image=np.repeat(np.arange(images), captions),
         image_greater=places(images, total - captions, 8.0),
         image_equal=np.zeros(images, np.int64),
+        image_of_view=np.arange(images),
     )
 
 

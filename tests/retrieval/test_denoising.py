@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmdlab.errors import InputError
-from cmdlab.retrieval.denoising import CHOICES, Corruption, Denoiser, Denoising, corrupt
+from cmdlab.retrieval.denoising import Corruption, Denoiser, Denoising, corrupt
+from cmdlab.retrieval.recipe import parameters_of
 
 WIDTH, CONTEXT, LONGEST = 16, 12, 6
 LENGTHS = torch.tensor([6, 1, 4, 3])
 CONTEXT_LENGTHS = torch.tensor([2, 5, 1, 3])
 IDS = torch.arange(4)
+CHOICES = {one.name: one.choices for one in parameters_of([Denoising])}
 POINTS = list(product(CHOICES["corruption"], CHOICES["target"], CHOICES["loss"], (1, 3)))
 
 

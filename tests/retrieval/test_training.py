@@ -11,6 +11,7 @@ from cmdlab.encoders.store import Features
 from cmdlab.errors import InputError
 from cmdlab.experiment.run import inference_cost
 from cmdlab.retrieval.denoising import Denoising
+from cmdlab.retrieval.losses import training_losses
 from cmdlab.retrieval.model import RetrievalModel
 from cmdlab.retrieval.training import Trained, Training, embed, make_batch, train
 
@@ -79,6 +80,38 @@ def test_stopped_and_continued_it_ends_as_if_it_had_not_been(run, arm, tmp_path)
 def test_the_seed_decides(run):
     assert_same(run(CMD), run(CMD))
     assert not same_weights(run(CMD).model, run(replace(CMD, seed=4)).model)
+
+
+def test_a_seed_may_be_a_date_and_each_of_its_bits_counts(run):
+    dates = [20261125213000, 20261125213000 + 2**32, 2**63 - 1]
+    first, second, last = (run(replace(CMD, seed=seed)) for seed in dates)
+    assert_same(first, run(replace(CMD, seed=dates[0])))
+    starts = [(one.curve[0]["contrastive"], one.curve[0]["denoising"]) for one in (first, last)]
+    assert starts[0][0] != starts[1][0]
+    assert starts[0][1] != starts[1][1]
+    still = {"steps": 1, "learning_rate": 1e-30, "weight_decay": 0.0}
+    heads = [
+        run(replace(CONTRASTIVE, seed=seed, **still)).model.speech_head.projection.weight
+        for seed in dates[:2]
+    ]
+    assert not torch.equal(*heads)
+    assert first.curve != second.curve
+
+
+def test_a_small_seed_draws_what_it_drew_for_the_published_records(run, monkeypatch):
+    drawn = []
+
+    def losses(model, denoisers, batch, weight, generator):
+        drawn.append(generator.initial_seed())
+        return training_losses(model, denoisers, batch, weight, generator)
+
+    monkeypatch.setattr("cmdlab.retrieval.training.training_losses", losses)
+    still = {"steps": 2, "learning_rate": 1e-30, "weight_decay": 0.0}
+    model = run(replace(CONTRASTIVE, seed=25, **still)).model
+    assert drawn == [25 * 1_000_003, 25 * 1_000_003 + 1]
+    torch.manual_seed(25)
+    first = RetrievalModel(model.shape).speech_head.projection.weight
+    assert torch.equal(model.speech_head.projection.weight, first)
 
 
 def test_the_curve_holds_what_a_record_needs(run):
@@ -215,6 +248,7 @@ def test_features_that_are_not_finite_stop_it_at_once(toy_features, validation, 
         {"batch_size": 0},
         {"validate_every": 0},
         {"seed": -1},
+        {"seed": 2**63},
         {"learning_rate": 0.0},
         {"learning_rate": float("nan")},
         {"weight": -1.0},

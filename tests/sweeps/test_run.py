@@ -163,9 +163,12 @@ def test_arms_axes_and_grid_make_the_cells_that_they_say(tmp_path):
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ({"arms": {"one": {"wieght": 1.0}}}, "has no parameter 'wieght'; it has behaviour"),
+        (
+            {"arms": {"one": {"wieght": 1.0}}},
+            r"no parameter 'wieght' \(did you mean 'weight'\?\); it has behaviour",
+        ),
         ({"arms": {"one": {"weight": "1e-3"}}}, "write 1.0e-3"),
-        ({"arms": {"one": {"weight": float("nan")}}}, "wants float"),
+        ({"arms": {"one": {"weight": float("nan")}}}, "which JSON would change"),
         ({"arms": {"one": {"weight": True}}}, "wants float"),
         ({"arms": {"one": {"direction": "both"}}}, "wants Literal"),
         ({"arms": {"one": {"depth": 1.5}}}, r"wants int \| None"),
@@ -182,6 +185,8 @@ def test_arms_axes_and_grid_make_the_cells_that_they_say(tmp_path):
         ({"arms": {}}, "has no arms"),
         ({"seeds": [1, 1]}, "different whole numbers"),
         ({"seeds": [1.5]}, "whole numbers"),
+        ({"seeds": [1, -1]}, r"seeds: seed: -1 is not within 0 to 2\*\*63 - 1"),
+        ({"seeds": [2**63]}, "seeds: seed: 9223372036854775808 is not within"),
         ({"seeds": 3}, "list of different whole numbers"),
         ({"notebook": "other.ipynb"}, "is neither beside this file nor"),
         ({"fixed": ["weight"]}, "give it as a mapping"),
@@ -320,6 +325,61 @@ def test_run_notebook_refuses_unknown_parameters_and_raises_what_the_notebook_ra
         run_notebook(notebook, {"smoke": True, "depth": 3}, output)
     assert "AssertionError" in output.read_text()
     assert [path.name for path in output.parent.iterdir()] == ["executed.ipynb"]
+
+
+ODD = """
+seed: int = 1
+smoke: bool = False
+run_folder: str = ""
+names = {1: "one"}
+sizes: tuple = (1, 2)
+table: dict = {"a": 1}
+"""
+ODD_BODY = f"""
+import json, pathlib
+assert (names, sizes) == ({{1: "one"}}, (1, 2)), (names, sizes)
+pathlib.Path(run_folder, "table.json").write_text(json.dumps(table))
+pathlib.Path(run_folder, "result.json").write_text({json.dumps(json.dumps(RESULT))})
+"""
+
+
+def test_defaults_that_json_cannot_hold_reach_the_notebook_as_they_are(tmp_path):
+    notebook = write_notebook(tmp_path / "cell.ipynb", ODD, ODD_BODY)
+    given = {"b": [1, None, {"c": "ü"}]}
+    file, runs = write_sweep(tmp_path, fixed={"table": given}), tmp_path / "runs"
+    [cell] = read_sweep(file)[1]
+    assert run_sweep(file, runs=runs).done == 1
+    assert json.loads((runs / cell.id / "table.json").read_text()) == given
+    record = load_records([runs]).done[0].record
+    assert record["parameters"]["table"] == given
+    assert record["parameters"]["names"] == "{1: 'one'}"
+    assert record["parameters"]["sizes"] == "(1, 2)"
+    write_notebook(notebook, ODD.replace('"one"', '"ein"'), ODD_BODY)
+    assert read_sweep(file)[1][0].id != cell.id
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {1: "two"},
+        {"deep": [{2.5: 0}]},
+        {"deep": (1, 2)},
+        {"x": float("nan")},
+        {"x": {1}},
+        {None: 1},
+    ],
+    ids=repr,
+)
+def test_a_value_that_json_would_change_is_refused(tmp_path, value):
+    notebook = write_notebook(tmp_path / "cell.ipynb", ODD, ODD_BODY)
+    with pytest.raises(InputError, match=r"parameter 'table' is .*, which JSON would change"):
+        run_notebook(notebook, {"table": value}, tmp_path / "executed.ipynb")
+    assert not (tmp_path / "executed.ipynb").exists()
+
+
+def test_a_number_too_large_for_a_float_is_refused(tmp_path):
+    with pytest.raises(InputError, match="parameter 'weight' is inf"):
+        read_sweep(write_sweep(tmp_path, fixed={"weight": 10**400}))
 
 
 def test_a_kernel_that_does_not_start_is_started_once_more(tmp_path, monkeypatch):
