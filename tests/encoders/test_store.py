@@ -188,6 +188,15 @@ def test_what_was_encoded_before_a_bad_file_is_kept(corpus, tmp_path):
     assert not chunk(tmp_path, 1).exists()
 
 
+def test_features_that_are_not_finite_are_refused_by_name_and_never_stored(corpus, tmp_path):
+    deafening = Hearing(snr_db=(-400.0, -400.0))  # noise whose power float32 cannot hold
+    with pytest.raises(InputError, match="tiny-speech gives features that are not finite") as error:
+        open_store(corpus, SPEECH, tmp_path, hearing=deafening, workers=1)
+    first = corpus.captions[0]
+    assert str(error.value).startswith(f"{first.audio}: '{first.id}': ")
+    assert list(tmp_path.rglob("*.npy")) == []
+
+
 def test_another_corpus_split_or_encoder_has_another_store(built, copied, corpus):
     folders = {path.name for path in copied.iterdir()}
     others = replace(corpus, content_hash="f" * 64, images=corpus.images[:1])
