@@ -46,10 +46,16 @@ def _corpus_make(chosen: Namespace) -> None:
 
 
 def _corpus_check(chosen: Namespace) -> None:
+    from collections import Counter
+
     from cmdlab.corpora import check_corpus
+    from cmdlab.encoders import encoders_for
 
     check = check_corpus(chosen.folder, skip_bad=chosen.skip_bad)
     print(check)
+    print(encoders_for("images", check.picture_sizes))
+    print(encoders_for("speech", Counter()))
+    print(encoders_for("text", check.words))
     if not check.ok:
         raise InputError(f"{chosen.folder}: not usable as it is; mend what is listed")
 
