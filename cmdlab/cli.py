@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import io
 import json
 import os
 import shlex
@@ -20,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Results go to standard output, progress and warnings to standard error.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook has others
+            stream.reconfigure(errors="backslashreplace")  # any file name, on any terminal
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     chosen = _parser().parse_args(arguments)
     try:

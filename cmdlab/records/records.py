@@ -113,7 +113,8 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        # A file name that is not UTF-8 has half characters, whose escape \udce9 is JSON's own.
+        with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
