@@ -196,8 +196,9 @@ def _parser() -> ArgumentParser:
         "say what is wrong with a corpus, and where",
         """
         Check layout, counts, ids, sound and image files of SpokenScenes, SpokenCOCO or Flickr8k
-        Audio. Without --skip-bad a corpus with any bad entry is refused; with it the bad entries
-        are listed and left out.
+        Audio, and say which encoders take it. Without --skip-bad a corpus with any bad entry is
+        refused; with it the bad entries are listed and left out. What is only warned of, as silent
+        recordings and files that two splits hold, stays in.
 
         example: cmdlab corpus check data/default
         output:  the findings, on standard output
