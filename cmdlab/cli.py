@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import io
 import json
 import os
 import shlex
@@ -22,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Results go to standard output, progress and warnings to standard error.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook has others
+            stream.reconfigure(errors="backslashreplace")  # any file name, on any terminal
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         with _refusing_output():
@@ -89,10 +93,16 @@ def _corpus_make(chosen: Namespace) -> None:
 
 
 def _corpus_check(chosen: Namespace) -> None:
+    from collections import Counter
+
     from cmdlab.corpora import check_corpus
+    from cmdlab.encoders import encoders_for
 
     check = check_corpus(chosen.folder, skip_bad=chosen.skip_bad)
     print(check)
+    print(encoders_for("images", check.picture_sizes))
+    print(encoders_for("speech", Counter()))
+    print(encoders_for("text", check.words))
     if not check.ok:
         raise InputError(f"{chosen.folder}: not usable as it is; mend what is listed")
 
@@ -250,8 +260,9 @@ def _parser() -> ArgumentParser:
         "say what is wrong with a corpus, and where",
         """
         Check layout, counts, ids, sound and image files of SpokenScenes, SpokenCOCO or Flickr8k
-        Audio. Without --skip-bad a corpus with any bad entry is refused; with it the bad entries
-        are listed and left out.
+        Audio, and say which encoders take it. Without --skip-bad a corpus with any bad entry is
+        refused; with it the bad entries are listed and left out. What is only warned of, as silent
+        recordings and files that two splits hold, stays in.
 
         example: cmdlab corpus check data/default
         output:  the findings, on standard output

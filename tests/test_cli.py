@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cmdlab.cli import main
 
@@ -362,6 +364,47 @@ def test_an_option_given_as_a_parameter_is_refused(name, capsys):
 
 def test_a_folder_without_a_corpus_is_refused(tmp_path, capsys):
     assert str(tmp_path) in refusal(["corpus", "check", tmp_path], capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "printed"),
+    [("日本".encode(), "ascii", r"\u65e5\u672c"), (b"caf\xe9", "utf-8", r"caf\udce9")],
+)
+def test_any_folder_name_can_be_printed_on_any_terminal(
+    smoke_corpus, tmp_path, name, encoding, printed
+):
+    folder = tmp_path / os.fsdecode(name)
+    folder.symlink_to(smoke_corpus)
+    command = [Path(sys.executable).with_name("cmdlab"), "corpus", "check"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    run = subprocess.run([*command, folder], capture_output=True, env=environment, check=True)
+    lines = run.stdout.decode().splitlines()
+    assert lines[0] == f"SpokenScenes in {tmp_path}/{printed}"
+    assert "usable, 0 entries left out" in lines
+    run = subprocess.run([*command, folder / "no"], capture_output=True, env=environment)
+    assert run.returncode == 2
+    assert run.stderr.decode().startswith(f"cmdlab: {tmp_path}/{printed}/no: is not a folder")
+
+
+def test_the_check_says_which_encoders_take_the_corpus(smoke_corpus, tmp_path, capsys):
+    folder = tmp_path / "mine"
+    shutil.copytree(smoke_corpus, folder)
+    (folder / "corpus.json").unlink()  # no generated corpus any more
+    release = folder / "SpokenCOCO_train.json"
+    entries = json.loads(release.read_text())
+    Image.new("RGB", (206, 219)).save(folder / entries["data"][0]["image"])
+    entries["data"][1]["captions"][0]["text"] = "an octopus and another octopus"
+    release.write_text(json.dumps(entries))
+    assert main(["corpus", "check", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-4:-1] == [
+        "usable, 0 entries left out",
+        "encoders for its images: none; tiny-image takes 64 × 64 pixels, and 1 of 80 are others, "
+        "mostly 206 × 219",
+        "encoders for its speech: tiny-speech",
+    ]
+    assert lines[-1].startswith("encoders for its text: none; tiny-text takes the words of Spoken")
+    assert lines[-1].endswith("are others, mostly 'octopus'")
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import struct
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -19,6 +21,8 @@ from cmdlab.errors import InputError
 SAMPLE_RATE = 16_000  # Hz
 BLOCK = 16_384  # samples that a room's response is convolved with at a time
 MAX_SECONDS = 300  # spoken captions last seconds; a header can promise days
+MAX_BYTES = MAX_SECONDS * SAMPLE_RATE * 8 + (1 << 20)  # 64 bits a sample, and what precedes them
+OVERSHOOT = 2.0  # lossy decoders and resamplers go a little over full scale, which is 1
 
 
 def read_speech(
@@ -49,26 +53,32 @@ def caption_seed(caption_id: str, seed: int = 0) -> int:
 def read_audio(path: Path | str) -> NDArray[np.float32]:
     """Read one 16 kHz mono WAV or FLAC file. Returns float32 [samples] within [-1, 1].
 
+    A WAV file that was written to a pipe, and so does not state its length, is read to its end.
+    Floats up to 2, the overshoot of decoders and resamplers, are clipped to 1, as saving them with
+    16 bits would do.
     Raises InputError for a file that is missing, empty, truncated, too long, of another format,
-    sampling rate or number of channels, or that holds values that are not finite.
+    sampling rate or number of channels, or that holds values that are larger or not finite.
     """
     path = Path(path)
     if not is_regular(path):
         raise InputError(f"{path}: is no file; add it or remove its entry")
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(_with_its_length(path) or os.fsencode(path)) as file:
             _check_header(path, file)
             frames = file.frames
             waveform = file.read(dtype="float32")
     except (soundfile.SoundFileError, OSError) as error:
-        reason = "empty file" if path.stat().st_size == 0 else str(error).split(": ", 1)[-1]
+        reason = "empty file" if path.stat().st_size == 0 else _reason(error)
         message = f"{path}: is no sound file, or is corrupt or truncated ({reason}); replace it"
         raise InputError(message) from error
     if len(waveform) < frames:
         raise InputError(f"{path}: is truncated ({len(waveform)} of {frames} samples); replace it")
-    if not np.isfinite(waveform).all():
+    peak = np.abs(waveform).max()
+    if not np.isfinite(peak):
         raise InputError(f"{path}: holds samples that are no finite number; replace it")
-    return waveform
+    if peak > OVERSHOOT:
+        raise InputError(f"{path}: holds samples up to {peak:g}; scale them to [-1, 1]")
+    return waveform if peak <= 1 else np.clip(waveform, -1, 1)
 
 
 def degrade(
@@ -172,7 +182,7 @@ def _long_noise(kind: str) -> NDArray[np.float32]:
 
 
 def _check_header(path: Path, file: soundfile.SoundFile) -> None:
-    if file.format not in ("WAV", "WAVEX", "FLAC"):
+    if file.format not in ("WAV", "WAVEX", "RF64", "FLAC"):
         raise InputError(f"{path}: is {file.format} sound; convert it to WAV or FLAC")
     if file.samplerate != SAMPLE_RATE:
         raise InputError(
@@ -180,28 +190,71 @@ def _check_header(path: Path, file: soundfile.SoundFile) -> None:
         )
     if file.channels != 1:
         raise InputError(f"{path}: has {file.channels} channels; mix it down to one")
-    missing = _missing_wav_bytes(path) if file.format != "FLAC" else 0
-    if missing:
-        raise InputError(f"{path}: is truncated ({missing} bytes are missing); replace it")
     if file.frames <= 0:
         raise InputError(f"{path}: holds no sound; replace it or remove its caption")
+    if file.format == "FLAC" and file.frames == _UNSTATED:
+        raise InputError(f"{path}: does not state its length; write it to a file, not to a pipe")
     if file.frames > MAX_SECONDS * SAMPLE_RATE:
         seconds = file.frames / SAMPLE_RATE
         raise InputError(f"{path}: lasts {seconds:.0f} s, over {MAX_SECONDS} s; cut it")
 
 
-def _missing_wav_bytes(path: Path) -> int:
-    """How much of a WAV file's sound its end lacks: libsndfile quietly reads what there is.
+_UNSTATED = 2**63 - 1  # what libsndfile gives as the length of such a FLAC file, and cannot read
 
-    A RIFF file is a row of chunks, each an id, a size (32 bits, little-endian) and that many
-    bytes, padded to an even number.
+
+def _with_its_length(path: Path) -> io.BytesIO | None:
+    """A WAV file with the length that its writer, who wrote to a pipe, could not go back to state.
+
+    None for every other file. Raises InputError for a WAV file that lacks a part of its end:
+    libsndfile quietly reads what there is.
     """
     size = os.path.getsize(path)
     with path.open("rb") as file:
-        file.seek(12)
-        while len(header := file.read(8)) == 8:
-            name, chunk = struct.unpack("<4sI", header)
-            if name == b"data":
-                return max(0, file.tell() + chunk - size)
-            file.seek(chunk + chunk % 2, os.SEEK_CUR)
-    return 0
+        kind = file.read(4)
+        if kind not in (b"RIFF", b"RIFX", b"RF64"):
+            return None
+        order = ">" if kind == b"RIFX" else "<"  # of the bytes in a number
+        (riff_size,) = struct.unpack(f"{order}I", file.read(4).ljust(4))
+        start, length = _sound_of_wav(file, order)
+        if length < _PLACEHOLDER and (length or riff_size + 8 == size):
+            if start + length > size:
+                missing = start + length - size
+                raise InputError(f"{path}: is truncated ({missing} bytes are missing); replace it")
+            return None
+        if size > MAX_BYTES:
+            raise InputError(f"{path}: has over {MAX_BYTES >> 20} MiB, for {MAX_SECONDS} s; cut it")
+        file.seek(0)
+        content = bytearray(file.read())
+    content[:4] = kind.replace(b"RF64", b"RIFF")
+    struct.pack_into(f"{order}I", content, 4, size - 8)
+    struct.pack_into(f"{order}I", content, start - 4, size - start)
+    return io.BytesIO(content)
+
+
+_PLACEHOLDER = 0x7FFF_0000  # bytes, 18 hours; ffmpeg, sox and arecord write such and larger ones
+
+
+def _sound_of_wav(file: BinaryIO, order: str) -> tuple[int, int]:
+    """Where the samples of a WAV file begin, and how many bytes they are said to take.
+
+    From byte 12 on the file is a row of chunks, each an id, a size (32 bits) and that many bytes,
+    padded to an even number. RF64 states the size of its samples in a chunk "ds64" before them.
+    """
+    file.seek(12)
+    length = None
+    while len(header := file.read(8)) == 8:
+        name, size = struct.unpack(f"{order}4sI", header)
+        if name == b"data":
+            return file.tell(), size if length is None else length
+        following = file.tell() + size + size % 2
+        if name == b"ds64":
+            _, length = struct.unpack("<QQ", file.read(16).ljust(16))
+        file.seek(following)
+    raise soundfile.SoundFileRuntimeError("it has no samples")
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the path that the message names already."""
+    if isinstance(error, soundfile.LibsndfileError):
+        return error.error_string
+    return getattr(error, "strerror", None) or str(error)

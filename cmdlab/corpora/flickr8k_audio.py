@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from posixpath import normpath  # "./a" and "a" are one recording
 
 from cmdlab.corpora.corpus import Caption, Image, Split
-from cmdlab.corpora.untrusted import BadPath, UntrustedFolder, is_name, shown
+from cmdlab.corpora.untrusted import BadEntry, UntrustedFolder, is_name, shown
 
 RECORDINGS, SPEAKERS, TOKENS = "wav2capt.txt", "wav2spk.txt", "Flickr8k.token.txt"
 SPLIT_LISTS: dict[Split, str] = {
@@ -36,7 +37,7 @@ def read_flickr8k_audio(folder: UntrustedFolder, split: Split) -> tuple[list[Ima
         if image_split == split:
             try:
                 path_of[image_id] = folder.locate(f"{image_folder}/{image_id}")
-            except BadPath as error:
+            except BadEntry as error:
                 folder.reject(file, place, f"image: {error}")
     captions = []
     spoken, spoken_images = set(), set()
@@ -54,7 +55,7 @@ def read_flickr8k_audio(folder: UntrustedFolder, split: Split) -> tuple[list[Ima
         elif image_id in path_of:
             try:
                 audio = folder.locate(f"{audio_folder}wavs/{caption_id}.wav")
-            except BadPath as error:
+            except BadEntry as error:
                 message = f"audio: {error}"
             else:
                 text, speaker = text_of[key][0], speaker_of[caption_id]
@@ -119,10 +120,12 @@ def _read_speakers(folder: UntrustedFolder, file: str) -> dict[str, str]:
         match = re.fullmatch(r"(\S+)\.wav\s+(\S+)", line)
         if match is None or not is_name(match[1]):
             folder.reject(file, place, f"{shown(line)} is not '<wav> <speaker>'; mend the line")
-        elif match[1] in speaker_of:
-            folder.reject(file, f"{place} {shown(match[1])}", "has an earlier line; remove one")
+            continue
+        caption_id = normpath(match[1])
+        if caption_id in speaker_of:
+            folder.reject(file, f"{place} {shown(caption_id)}", "has an earlier line; remove one")
         else:
-            speaker_of[match[1]] = match[2]
+            speaker_of[caption_id] = match[2]
     return speaker_of
 
 
@@ -135,7 +138,7 @@ def _read_recordings(folder: UntrustedFolder, file: str) -> Iterator[tuple[str, 
         if match is None or not is_name(match[1]):
             folder.reject(file, place, f"{shown(line)} is not '<wav> <jpg> #<n>'; mend the line")
             continue
-        caption_id, image_id, number = match.groups()
+        caption_id, image_id, number = normpath(match[1]), match[2], match[3]
         place = f"{place} {shown(caption_id)}"
         if caption_id in seen_captions:
             folder.reject(file, place, "the recording has an earlier line; remove one")

@@ -11,7 +11,7 @@ from cmdlab.corpora.audio import MAX_SECONDS
 from cmdlab.corpora.ceiling import ceiling
 from cmdlab.corpora.corpus import Caption, Corpus
 from cmdlab.corpora.scenes import ATTRIBUTES, VALUES, Scene, SceneObject, caption_is_true
-from cmdlab.corpora.untrusted import BadPath, UntrustedFolder, is_text, shown
+from cmdlab.corpora.untrusted import BadEntry, UntrustedFolder, shown, text_of
 
 
 @dataclass(frozen=True)
@@ -138,17 +138,14 @@ def read_foils(corpus: Corpus) -> Foils | None:
     for place, line in folder.read_lines(file):
         try:
             entry = json.loads(line)
-            uttid, foil_of = entry["uttid"], entry["foil_of"]
+            uttid, text, speaker = (text_of(entry, key) for key in ("uttid", "text", "speaker"))
+            foil_of = entry["foil_of"]
             if corpus.left_out and foil_of not in image_of:
                 continue  # it went with its caption
-            if not all(map(is_text, (uttid, entry["text"], entry["speaker"]))):
-                raise ValueError(f"{shown(uttid)} has no uttid, text or speaker")
             audio = folder.locate(entry["wav"])
-            captions.append(
-                Caption(uttid, image_of[foil_of], audio, entry["text"], entry["speaker"])
-            )
+            captions.append(Caption(uttid, image_of[foil_of], audio, text, speaker))
             of.append(foil_of)
-        except (*_DAMAGE, BadPath) as error:
+        except (*_DAMAGE, BadEntry) as error:
             folder.fail(file, f"{place} is damaged ({error}); make the corpus again")
     if not captions:
         return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from cmdlab.corpora.corpus import SPLITS, Corpus, Split, hash_of_lines, leave_out
 from cmdlab.corpora.flickr8k_audio import read_flickr8k_audio
 from cmdlab.corpora.spoken_coco import read_spoken_coco
-from cmdlab.corpora.untrusted import UntrustedFolder, is_name, shown
+from cmdlab.corpora.untrusted import BadEntry, UntrustedFolder, name_of, shown
 from cmdlab.errors import InputError
 
 
@@ -44,9 +44,10 @@ def load_corpus(root: Path | str, split: Split, *, skip_bad: bool = False) -> Co
 def read_identity(folder: UntrustedFolder) -> tuple[str, str]:
     """A generated corpus' name and content hash, as its corpus.json states them."""
     identity = folder.read_json("corpus.json")
-    if not isinstance(identity, dict) or not is_name(identity.get("name")):
-        folder.fail("corpus.json", "name: is missing or no text; make the corpus again")
-    stated = identity.get("content_hash")
-    if not isinstance(stated, str) or not re.fullmatch("[0-9a-f]{64}", stated):
+    try:
+        name, stated = name_of(identity, "name"), name_of(identity, "content_hash")
+    except BadEntry as error:
+        folder.fail("corpus.json", f"{error}; or make the corpus again")
+    if not re.fullmatch("[0-9a-f]{64}", stated):
         folder.fail("corpus.json", "content_hash: is no SHA-256 digest; make the corpus again")
-    return identity["name"], stated
+    return name, stated

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from cmdlab.corpora.corpus import SPLITS, Caption, Image, Split
-from cmdlab.corpora.untrusted import BadPath, UntrustedFolder, is_name, is_text, shown
+from cmdlab.corpora.untrusted import (
+    BadEntry,
+    UntrustedFolder,
+    list_of,
+    name_of,
+    plain_path,
+    shown,
+    text_of,
+)
 
 RELEASE_FILES = ("SpokenCOCO_train.json", "SpokenCOCO_val.json")
 SPLIT_LIST = "dataset_coco.json"
@@ -14,32 +22,34 @@ SPLIT_LIST = "dataset_coco.json"
 def read_spoken_coco(folder: UntrustedFolder, split: Split) -> tuple[list[Image], list[Caption]]:
     """The images and captions of one split, in the order of the release files.
 
-    An image's id is its path as the release file has it; a caption's is its uttid.
+    An image's id is its path in the corpus folder; a caption's is its uttid.
     """
     split_of = _read_split_list(folder)
     unspoken = dict.fromkeys(split_of)  # in the list's order
     images: list[Image] = []
     captions: list[Caption] = []
     seen_images: set[str] = set()
-    seen_captions: set[str] = set()
+    seen: _Seen = {}
     for file in RELEASE_FILES:
         for index, entry in enumerate(_list_of(folder, file, "data")):
             place = f"data[{index}]"
-            if not isinstance(entry, dict) or not is_name(entry.get("image")):
-                folder.reject(file, place, "has no 'image' path; add it or remove the entry")
+            try:
+                image_id = plain_path(name_of(entry, "image"))
+            except BadEntry as error:
+                folder.reject(file, place, str(error))
                 continue
-            image_id = entry["image"]
             place = f"{place} {shown(image_id)}"
             if image_id in seen_images:
                 folder.reject(file, place, "the image has an earlier entry; merge the two")
                 continue
             seen_images.add(image_id)
             unspoken.pop(image_id, None)
-            spoken = _check_captions(folder, file, place, entry.get("captions"), seen_captions)
-            if image_id not in split_of:
+            image_split = split_of.get(image_id)
+            spoken = _check_captions(folder, file, place, entry, image_split, seen)
+            if image_split is None:
                 message = f"the image is not in {SPLIT_LIST}; add it there or remove the entry"
                 folder.reject(file, place, message)
-            elif split_of[image_id] == split:
+            elif image_split == split:
                 _keep(folder, file, place, image_id, spoken, images, captions)
     for image_id in unspoken:
         message = f"the image is in no {' or '.join(RELEASE_FILES)}; restore those or this list"
@@ -57,48 +67,70 @@ def _read_split_list(folder: UntrustedFolder) -> dict[str, str]:
     split_of: dict[str, str] = {}
     for index, entry in enumerate(_list_of(folder, SPLIT_LIST, "images")):
         place = f"images[{index}]"
-        fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
-        filepath, filename = fields.get("filepath"), fields.get("filename")
-        if not (is_name(filename) and (filepath == "" or is_name(filepath))):
-            folder.reject(SPLIT_LIST, place, "has no 'filepath' and 'filename'; add them")
+        try:
+            image_id = name_of(entry, "filename")
+            if text_of(entry, "filepath"):
+                image_id = f"{entry['filepath']}/{image_id}"
+            image_id = plain_path(image_id)
+            place = f"{place} {shown(image_id)}"
+            image_split = text_of(entry, "split")
+        except BadEntry as error:
+            folder.reject(SPLIT_LIST, place, str(error))
             continue
-        image_id = f"{filepath}/{filename}" if filepath else str(filename)
-        image_split = "train" if fields.get("split") == "restval" else fields.get("split")
-        place = f"{place} {shown(image_id)}"
+        image_split = "train" if image_split == "restval" else image_split
         if image_split not in SPLITS:
             message = f"split {shown(image_split)} is none of {', '.join(SPLITS)}, restval"
             folder.reject(SPLIT_LIST, place, f"{message}; mend it")
         elif image_id in split_of:
-            folder.reject(SPLIT_LIST, place, "the image has an earlier entry; remove one")
+            message = f"the image has an earlier entry, in {split_of[image_id]}; remove one"
+            folder.reject(SPLIT_LIST, place, message)
         else:
             split_of[image_id] = image_split
     return split_of
 
 
+_Seen = dict[tuple[str, str], tuple[str, str | None]]
+"""Each uttid and wav, by ("uttid", uttid) and ("wav", wav): the entry it is of, and its split."""
+
+
 def _check_captions(
-    folder: UntrustedFolder, file: str, place: str, captions: Any, seen: set[str]
+    folder: UntrustedFolder,
+    file: str,
+    place: str,
+    image: dict[str, Any],
+    split: str | None,
+    seen: _Seen,
 ) -> list[tuple[str, dict[str, str]]]:
     """The captions of one image that are well formed and new, each with its place."""
-    if not isinstance(captions, list) or not captions:
-        folder.reject(file, place, "the image has no 'captions'; add them or remove the entry")
+    try:
+        captions = list_of(image, "captions")
+        if not captions:
+            raise BadEntry("'captions' is empty; add them or remove the entry")
+    except BadEntry as error:
+        folder.reject(file, place, str(error))
         return []
     kept = []
     for index, caption in enumerate(captions):
-        fields = caption if isinstance(caption, dict) else {}
         caption_place = f"{place} captions[{index}]"
-        if not is_name(fields.get("uttid")):
-            folder.reject(file, caption_place, "has no 'uttid'; add it or remove the caption")
-            continue
-        caption_place += f" {shown(fields['uttid'])}"
-        if fields["uttid"] in seen:
-            folder.reject(file, caption_place, "the uttid is used before; give each its own")
-        elif not isinstance(fields.get("wav"), str) or not fields["wav"]:
-            folder.reject(file, caption_place, "is without audio: add its 'wav' path or remove it")
-        elif not (is_text(fields.get("text")) and is_text(fields.get("speaker"))):
-            folder.reject(file, caption_place, "'text' and 'speaker' must be text; mend them")
+        try:
+            uttid = name_of(caption, "uttid")
+            caption_place += f" {shown(uttid)}"
+            wav = plain_path(name_of(caption, "wav"))
+            fields = {"uttid": uttid, "wav": wav}
+            fields |= {key: text_of(caption, key) for key in ("text", "speaker")}
+            own = f"{file}: {caption_place}", split
+            for key in ("uttid", "wav"):
+                first, first_split = seen.setdefault((key, fields[key]), own)
+                if first != own[0]:
+                    leaks = key == "wav" and split and first_split and first_split != split
+                    leak = f", a leak from {first_split} to {split}" if leaks else ""
+                    raise BadEntry(
+                        f"its '{key}' is that of {first} too{leak}; give each caption its own"
+                    )
+        except BadEntry as error:
+            folder.reject(file, caption_place, str(error))
         else:
             kept.append((caption_place, fields))
-        seen.add(fields["uttid"])
     return kept
 
 
@@ -114,13 +146,13 @@ def _keep(
     """Add one image and its captions, as far as their files exist."""
     try:
         images.append(Image(image_id, folder.locate(image_id)))
-    except BadPath as error:
+    except BadEntry as error:
         folder.reject(file, place, f"image: {error}")
         return
     for caption_place, fields in spoken:
         try:
             audio = folder.locate(fields["wav"])
-        except BadPath as error:
+        except BadEntry as error:
             folder.reject(file, caption_place, f"audio: {error}")
             continue
         captions.append(
@@ -129,8 +161,7 @@ def _keep(
 
 
 def _list_of(folder: UntrustedFolder, file: str, key: str) -> list[Any]:
-    value = folder.read_json(file)
-    entries = value.get(key) if isinstance(value, dict) else None
-    if not isinstance(entries, list):
-        folder.fail(file, f"has no list '{key}'; restore the released file")
-    return entries
+    try:
+        return list_of(folder.read_json(file), key)
+    except BadEntry as error:
+        folder.fail(file, f"{error}; restore the released file")

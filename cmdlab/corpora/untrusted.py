@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,8 @@ class Problem:
         return f"{self.file}: {self.entry}: {self.message}"
 
 
-class BadPath(Exception):
-    """A path of an entry that cannot be used; the message says why and what to do."""
+class BadEntry(Exception):
+    """What an entry holds cannot be used; the message says why and what to do."""
 
 
 class UntrustedFolder:
@@ -60,26 +61,20 @@ class UntrustedFolder:
         raise InputError(f"{self.root / file}: {message}")
 
     def locate(self, relative: str) -> Path:
-        """The regular file at this path below the folder. Raises BadPath.
+        """The regular file at this path below the folder. Raises BadEntry.
 
         Each folder is listed once, so that 600,000 files cost seconds.
         """
+        relative = plain_path(relative)
         folder, _, name = relative.rpartition("/")
-        if "\\" in relative or not is_name(relative):
-            raise BadPath(f"{shown(relative)} is no path; write it as printable text, with '/'")
-        if any(part in ("", ".", "..") for part in relative.split("/")):
-            raise BadPath(
-                f"path {shown(relative)} could leave the corpus folder; "
-                "write it relative to that folder, without '..', '.' or '//'"
-            )
         listing = self._listings.get(folder)
         if listing is None:
             listing = self._listings[folder] = self._list(folder)
         if isinstance(listing, str):
-            raise BadPath(listing)
+            raise BadEntry(listing)
         entry = listing.get(name)
         if entry is None:
-            raise BadPath(f"there is no file {shown(relative)}; add it or remove the entry")
+            raise BadEntry(f"there is no file {shown(relative)}; add it or remove the entry")
         if entry.is_symlink():
             self._refuse_escape(relative)
         try:
@@ -87,7 +82,7 @@ class UntrustedFolder:
         except OSError:
             regular = False
         if not regular:
-            raise BadPath(f"{shown(relative)} is not a regular file; replace it")
+            raise BadEntry(f"{shown(relative)} is not a regular file; replace it")
         return self.root / relative
 
     def has(self, relative: str) -> bool:
@@ -97,13 +92,14 @@ class UntrustedFolder:
     def read_bytes(self, relative: str) -> bytes:
         """A metadata file's bytes; its digest is kept. Raises InputError."""
         try:
-            path = self.locate(relative)
-        except BadPath as error:
-            self.fail(relative, str(error))
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_METADATA_BYTES:
-                self.fail(relative, f"is larger than {MAX_METADATA_BYTES >> 30} GiB; split it")
-            content = file.read()
+            with self.locate(relative).open("rb") as file:
+                if os.fstat(file.fileno()).st_size > MAX_METADATA_BYTES:
+                    self.fail(relative, f"is larger than {MAX_METADATA_BYTES >> 30} GiB; split it")
+                content = file.read()
+        except BadEntry as error:
+            raise InputError(f"{self.root}: {error}") from error
+        except OSError as error:
+            self.fail(relative, f"cannot be read ({error.strerror}); mend its rights")
         self.digests[relative] = hashlib.sha256(content).hexdigest()
         return content
 
@@ -142,7 +138,7 @@ class UntrustedFolder:
             self._refuse_escape(folder)
             with os.scandir(self.root / folder) as entries:
                 return {entry.name: entry for entry in entries}
-        except BadPath as error:
+        except BadEntry as error:
             return str(error)
         except OSError as error:
             reason = error.strerror or type(error).__name__
@@ -151,10 +147,53 @@ class UntrustedFolder:
     def _refuse_escape(self, relative: str) -> None:
         real = os.path.realpath(self.root / relative)
         if os.path.commonpath([real, self._real_root]) != self._real_root:
-            raise BadPath(
+            raise BadEntry(
                 f"{shown(relative)} is a link that leaves the corpus folder; "
                 "put the files themselves there"
             )
+
+
+def plain_path(relative: str) -> str:
+    """A path below some folder in its shortest form: "./a//b/../c" is "a/c".
+
+    Raises BadEntry for one that leaves the folder.
+    """
+    if "\\" in relative or not is_name(relative):
+        raise BadEntry(f"{shown(relative)} is no path; write it as printable text, with '/'")
+    plain = posixpath.normpath(relative)
+    if plain.startswith("/") or plain.split("/")[0] == "..":
+        raise BadEntry(
+            f"path {shown(relative)} leaves the corpus folder; write it relative to that folder"
+        )
+    return plain
+
+
+def text_of(entry: Any, key: str) -> str:
+    """A field that must be text. Raises BadEntry where it is missing or anything else."""
+    value = _field(entry, key)
+    if not isinstance(value, str):
+        raise BadEntry(f"'{key}' is {shown(value)}, which is no text; write it in quotes")
+    if not is_text(value):
+        raise BadEntry(f"'{key}' {shown(value)} holds half a character; mend it")
+    return value
+
+
+def name_of(entry: Any, key: str) -> str:
+    """A field that must be fit for an id or a path. Raises BadEntry."""
+    value = text_of(entry, key)
+    if value == "":
+        raise BadEntry(f"'{key}' is empty; fill it or remove the entry")
+    if not is_name(value):
+        raise BadEntry(f"'{key}' {shown(value)} is not printable; mend it")
+    return value
+
+
+def list_of(entry: Any, key: str) -> list[Any]:
+    """A field that must be a list. Raises BadEntry where it is missing or anything else."""
+    value = _field(entry, key)
+    if not isinstance(value, list):
+        raise BadEntry(f"'{key}' is {shown(value)}, which is no list; mend it")
+    return value
 
 
 def is_name(value: object) -> bool:
@@ -187,6 +226,14 @@ def is_regular(path: Path) -> bool:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):
         return False
+
+
+def _field(entry: Any, key: str) -> Any:
+    if not isinstance(entry, dict):
+        raise BadEntry(f"{shown(entry)} is no object with '{key}'; mend or remove it")
+    if key not in entry:
+        raise BadEntry(f"'{key}' is missing; add it or remove the entry")
+    return entry[key]
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

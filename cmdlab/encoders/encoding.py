@@ -2,11 +2,12 @@
 
 import hashlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,17 +43,79 @@ class Encoded:
     embedding: np.ndarray
 
 
+@dataclass(frozen=True)
+class Intake:
+    """What an encoder takes: items of one kind, in words, and whether it can take a piece of one.
+
+    The piece is a picture's (width, height) or a text's word; `read_audio` gives one kind of sound.
+    """
+
+    kind: Literal["images", "speech", "text"]
+    words: str
+    takes: Callable[[Any], bool]
+
+    def is_for(self, item: object) -> bool:
+        return isinstance(item, Image if self.kind == "images" else Caption)
+
+
+def _is_known(word: str) -> bool:
+    return word in tiny_encoder(TEXT).index
+
+
+INTAKES = {
+    IMAGE: Intake("images", "64 × 64 pixels", lambda size: size == (64, 64)),
+    SPEECH: Intake("speech", "speech at 16 kHz", lambda _: True),
+    TEXT: Intake("text", "the words of SpokenScenes", _is_known),
+}
+
+
+def encoders_for(kind: str, pieces: Counter[Any]) -> str:
+    """A line on who takes all these pieces of a corpus, and what hinders the other encoders."""
+    takers, others = [], []
+    for name, intake in INTAKES.items():
+        if intake.kind != kind:
+            continue
+        refused = Counter({piece: n for piece, n in pieces.items() if not intake.takes(piece)})
+        if refused:
+            others.append(
+                f"{name} takes {intake.words}, and {refused.total():,} of {pieces.total():,} are "
+                f"others, mostly {_shown(refused.most_common(1)[0][0])}"
+            )
+        else:
+            takers.append(name)
+    return "; ".join([f"encoders for its {kind}: {', '.join(takers) or 'none'}", *others])
+
+
+def _refusal(name: str, given: str, able: list[str], remedy: str) -> str:
+    """Why an encoder cannot take something, and which can or, where none can, what to do."""
+    others = f"{' or '.join(able)} takes it" if able else f"no encoder here takes it: {remedy}"
+    return f"{name} takes {INTAKES[name].words}, not {given}; {others}"
+
+
+def _takers(kind: str, piece: Any) -> list[str]:
+    return [name for name, one in INTAKES.items() if one.kind == kind and one.takes(piece)]
+
+
+def _shown(piece: Any) -> str:
+    return f"{piece[0]} × {piece[1]}" if isinstance(piece, tuple) else repr(piece)
+
+
 def encode(
     name: str, items: Sequence[Caption] | Sequence[Image], hearing: Hearing
 ) -> list[Encoded]:
     """Features of captions (tiny-speech: their sound, tiny-text: their text) or of images.
 
-    Raises InputError for an unknown name, for media that cannot be read, for an image that is not
-    64 × 64, and for text with a word that the text encoder does not know.
+    Raises InputError for an unknown name, for media that cannot be read, and for what the encoder
+    does not take (`INTAKES`), saying which encoders do.
     """
     encoders = {IMAGE: _encode_images, SPEECH: _encode_speech, TEXT: _encode_texts}
     if name not in encoders:
         raise InputError(f"no encoder {name!r}; there are {', '.join(encoders)}")
+    for item in items:
+        if not INTAKES[name].is_for(item):
+            able = [other for other, intake in INTAKES.items() if intake.is_for(item)]
+            given = f"an item of type {type(item).__name__}"
+            raise InputError(_refusal(name, given, able, "give captions or images"))
     with torch.inference_mode():
         return encoders[name](items, hearing)  # type: ignore[operator]
 
@@ -94,9 +157,12 @@ def _encode_images(images: Sequence[Image], _: Hearing) -> list[Encoded]:
         batch = images[first : first + BATCH]
         pixels = [read_image(image.path) for image in batch]
         for image, picture in zip(batch, pixels, strict=True):
-            if picture.shape != (64, 64, 3):
-                size = f"{picture.shape[1]} × {picture.shape[0]}"
-                raise InputError(f"{image.path}: {IMAGE} takes 64 × 64 pixels, not {size}; resize")
+            size = picture.shape[1::-1]
+            if not INTAKES[IMAGE].takes(size):
+                able = _takers("images", size)
+                raise InputError(
+                    f"{image.path}: {_refusal(IMAGE, _shown(size), able, 'resize it')}"
+                )
         tokens, embeddings = tiny_encoder(IMAGE)(torch.from_numpy(np.stack(pixels)))
         encoded += [
             Encoded(t.half().numpy()[:, None], e.numpy())
@@ -134,6 +200,8 @@ def _encode_texts(captions: Sequence[Caption], _: Hearing) -> list[Encoded]:
     for caption in captions:
         unknown = [word for word in caption.text.split() if word not in encoder.index]
         if unknown:
-            raise InputError(f"{caption.id}: {TEXT} does not know the word {unknown[0]!r}")
+            able = _takers("text", unknown[0])
+            reason = _refusal(TEXT, repr(unknown[0]), able, "use other words")
+            raise InputError(f"{caption.id}: {reason}")
     embeddings: Tensor = encoder(encoder.tokenise([caption.text for caption in captions]))
     return [Encoded(np.zeros((0, 1, 1), np.float16), e.numpy()) for e in embeddings]

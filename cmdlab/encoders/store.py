@@ -80,8 +80,8 @@ def open_stores(
     """The stores of some splits and encoders under `folder`: built, completed or just opened.
 
     All cores work on what is missing of any (`workers` processes otherwise), with one progress bar
-    on standard error. Raises InputError for a damaged chunk, and for media that cannot be read,
-    naming it; what was encoded before is kept.
+    on standard error. Raises InputError for a damaged chunk, and for media that cannot be read or
+    whose features are not finite, naming it; what was encoded before is kept.
     """
     paths, parts = [], []
     done = 0
@@ -166,6 +166,14 @@ def _write_chunk(
     hearing: Hearing,
 ) -> int:
     encoded = encode(encoder, items, hearing)
+    for i, features in enumerate(encoded):
+        if not (np.isfinite(features.tokens).all() and np.isfinite(features.embedding).all()):
+            item = items[i]
+            file = item.path if isinstance(item, Image) else item.audio
+            raise InputError(
+                f"{file}: '{item.id}': {encoder} gives features that are not finite; replace it or "
+                "remove its entry"
+            )
     aside = path / f"{chunk:05d}.{os.getpid()}.part"
     try:
         aside.mkdir(exist_ok=True)

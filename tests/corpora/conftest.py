@@ -1,6 +1,7 @@
 """Small corpora in the two real layouts, written by the tests."""
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from cmdlab.errors import InputError
 
 def write_sound(path: Path, seconds: float = 0.05, rate: int = 16_000) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    samples = np.random.default_rng(0).uniform(-0.5, 0.5, int(seconds * rate))
+    seed = zlib.crc32(path.name.encode())  # no two recordings are equal
+    samples = np.random.default_rng(seed).uniform(-0.5, 0.5, int(seconds * rate))
     soundfile.write(path, samples, rate, subtype="PCM_16")
 
 
 def write_image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (6, 4), (200, 30, 30)).save(path)
+    pixels = np.random.default_rng(zlib.crc32(path.name.encode())).integers(0, 256, (4, 6, 3))
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cmdlab.corpora import content_hash, load_corpus
 from cmdlab.corpora.corpus import SPLITS
-from cmdlab.corpora.untrusted import BadPath, UntrustedFolder
+from cmdlab.corpora.untrusted import BadEntry, UntrustedFolder
 from cmdlab.errors import InputError
 
 TRAIN, VAL, KARPATHY = "SpokenCOCO_train.json", "SpokenCOCO_val.json", "dataset_coco.json"
@@ -84,14 +84,19 @@ BAD_ENTRIES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "path out of the corpus": (
         VAL,
         lambda v: caption(v).update(wav="../secret.wav"),
-        r"captions\[0\] 'speaker1-4-1': audio: .*'\.\./secret\.wav' could leave",
+        r"captions\[0\] 'speaker1-4-1': path '\.\./secret\.wav' leaves the corpus folder",
     ),
-    "dots inside a path": (VAL, lambda v: caption(v).update(wav="wavs/../../x.wav"), "could leave"),
-    "absolute path": (VAL, lambda v: caption(v).update(wav="/etc/passwd"), "could leave"),
-    "two slashes": (VAL, lambda v: caption(v).update(wav="wavs//x.wav"), "could leave"),
+    "dots inside a path": (VAL, lambda v: caption(v).update(wav="wavs/../../x.wav"), "leaves the"),
+    "absolute path": (VAL, lambda v: caption(v).update(wav="/etc/passwd"), "leaves the"),
+    "absolute path by two slashes": (VAL, lambda v: caption(v).update(wav="//x.wav"), "leaves the"),
+    "image out of the corpus": (
+        VAL,
+        lambda v: v["data"][2].update(image="val2014/../../x.jpg"),
+        r"data\[2\]: path 'val2014/\.\./\.\./x\.jpg' leaves the corpus folder",
+    ),
     "backslashes": (VAL, lambda v: caption(v).update(wav="wavs\\x.wav"), "with '/'"),
     "NUL in a path": (VAL, lambda v: caption(v).update(wav="x\0.wav"), "printable"),
-    "half a character in a path": (VAL, lambda v: caption(v).update(wav="\ud800"), "printable"),
+    "half a character in a path": (VAL, lambda v: caption(v).update(wav="\ud800"), "half a char"),
     "endless path": (VAL, lambda v: caption(v).update(wav="x" * 9999), "no file 'xxx"),
     "endless folder": (VAL, lambda v: caption(v).update(wav="x" * 9999 + "/y"), "cannot be read"),
     "path that is a folder": (VAL, lambda v: caption(v).update(wav="wavs/val"), "not a regular"),
@@ -100,32 +105,87 @@ BAD_ENTRIES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         lambda v: caption(v).update(wav="wavs/val/0/none.wav"),
         r"SpokenCOCO_val\.json: data\[2\] .*there is no file 'wavs/val/0/none\.wav'; add it",
     ),
-    "caption without audio": (VAL, lambda v: caption(v).pop("wav"), "without audio"),
-    "caption without id": (VAL, lambda v: caption(v).pop("uttid"), "has no 'uttid'"),
+    "caption without audio": (
+        VAL,
+        lambda v: caption(v).pop("wav"),
+        r"captions\[0\] 'speaker1-4-1': 'wav' is missing; add it",
+    ),
+    "empty audio": (VAL, lambda v: caption(v).update(wav=""), "'wav' is empty; fill it"),
+    "caption without id": (
+        VAL,
+        lambda v: caption(v).pop("uttid"),
+        r"captions\[0\]: 'uttid' is missing; add it",
+    ),
+    "id that is a number": (
+        VAL,
+        lambda v: caption(v).update(uttid=5),
+        r"captions\[0\]: 'uttid' is 5, which is no text; write it in quotes",
+    ),
+    "empty id": (VAL, lambda v: caption(v).update(uttid=""), "'uttid' is empty; fill it"),
+    "id with a line break": (VAL, lambda v: caption(v).update(uttid="a\nb"), "is not printable"),
+    "caption without text": (VAL, lambda v: caption(v).pop("text"), "'text' is missing; add it"),
+    "speaker that is null": (
+        VAL,
+        lambda v: caption(v).update(speaker=None),
+        "'speaker' is None, which is no text",
+    ),
     "caption that is no object": (
         VAL,
         lambda v: v["data"][2]["captions"].append(3),
-        r"captions\[2\]: has no 'uttid'",
+        r"captions\[2\]: 3 is no object with 'uttid'",
     ),
-    "text that is a number": (VAL, lambda v: caption(v).update(text=3), "must be text"),
-    "half a character in a text": (VAL, lambda v: caption(v).update(text="\ud800"), "must be text"),
+    "text that is a number": (VAL, lambda v: caption(v).update(text=3), "'text' is 3, which is no"),
+    "half a character in a text": (VAL, lambda v: caption(v).update(text="\ud800"), "half a char"),
     "repeated caption id across files": (
         VAL,
         lambda v: caption(v).update(uttid="speaker1-0-1"),
-        "'speaker1-0-1': the uttid is used before",
+        r"'speaker1-0-1': its 'uttid' is that of SpokenCOCO_train\.json: data\[0\] '.*0\.jpg' "
+        r"captions\[0\] 'speaker1-0-1' too",
+    ),
+    "one recording in two splits": (
+        VAL,
+        lambda v: caption(v).update(wav="./wavs//val/../val/0/speaker0-2-0.wav"),
+        r"data\[2\] '.*4\.jpg' captions\[0\] 'speaker1-4-1': its 'wav' is that of "
+        r"SpokenCOCO_val\.json: data\[0\] '.*2\.jpg' captions\[1\] 'speaker0-2-0' too, "
+        "a leak from val to test; give each caption its own",
+    ),
+    "one recording for two images of a split": (
+        VAL,
+        lambda v: caption(v).update(wav="wavs/val/0/speaker0-5-0.wav"),
+        r"data\[3\] '.*5\.jpg' captions\[0\] 'speaker0-5-0': its 'wav' is that of "
+        r"SpokenCOCO_val\.json: data\[2\] .* 'speaker1-4-1' too; give each caption its own",
+    ),
+    "one recording for two captions of an image": (
+        VAL,
+        lambda v: caption(v).update(wav="wavs/val/0/speaker0-4-0.wav"),
+        "'speaker0-4-0': its 'wav' is that of .* 'speaker1-4-1' too; give each caption its own",
     ),
     "repeated image": (
         VAL,
         lambda v: v["data"].append(copy.deepcopy(v["data"][2])),
         r"data\[4\] .*earlier entry",
     ),
-    "image without captions": (VAL, lambda v: v["data"][2].update(captions=[]), "no 'captions'"),
-    "captions that are text": (VAL, lambda v: v["data"][2].update(captions="x"), "no 'captions'"),
-    "entry that is no object": (VAL, lambda v: v["data"].insert(0, None), r"data\[0\]: has no 'im"),
+    "repeated image in another spelling": (
+        VAL,
+        lambda v: v["data"].append({**v["data"][2], "image": "./" + v["data"][2]["image"]}),
+        r"data\[4\] 'val2014/.*earlier entry",
+    ),
+    "image without captions": (VAL, lambda v: v["data"][2].update(captions=[]), "'captions' is em"),
+    "captions left out": (VAL, lambda v: v["data"][2].pop("captions"), "'captions' is missing"),
+    "captions that are text": (
+        VAL,
+        lambda v: v["data"][2].update(captions="x"),
+        "'captions' is 'x', which is no list",
+    ),
+    "entry that is no object": (
+        VAL,
+        lambda v: v["data"].insert(0, None),
+        r"data\[0\]: None is no object with 'image'",
+    ),
     "image id that is a number": (
         VAL,
         lambda v: v["data"][2].update(image=7),
-        r"data\[2\]: has no 'image'",
+        r"data\[2\]: 'image' is 7, which is no text",
     ),
     "image that the list lacks": (
         KARPATHY,
@@ -140,7 +200,7 @@ BAD_ENTRIES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "image listed twice": (
         KARPATHY,
         lambda v: v["images"].append(v["images"][0]),
-        r"images\[6\] .*earlier entry",
+        r"images\[6\] .*earlier entry, in test; remove one",
     ),
     "unknown split": (
         KARPATHY,
@@ -150,7 +210,7 @@ BAD_ENTRIES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "list entry without a name": (
         KARPATHY,
         lambda v: v["images"][0].pop("filename"),
-        r"images\[0\]: has no 'filepath' and 'filename'",
+        r"images\[0\]: 'filename' is missing; add it",
     ),
 }
 
@@ -201,8 +261,8 @@ BROKEN_FILES: dict[str, tuple[bytes, str]] = {
     "NaN": (b'{"data": [NaN]}', "NaN is not a JSON number"),
     "too deep": (b"[" * 200_000, "nested too deeply"),
     "endless number": (b"[" + b"9" * 5000 + b"]", "not valid JSON"),
-    "list at the top": (b"[]", "has no list"),
-    "no list inside": (b'{"data": {}, "images": 3}', "has no list"),
+    "list at the top": (b"[]", r"\[\] is no object with"),
+    "no list inside": (b'{"data": {}, "images": 3}', "which is no list"),
 }
 
 
@@ -239,6 +299,25 @@ def test_a_byte_order_mark_and_windows_line_ends_change_nothing(spoken_coco, fli
             path.write_bytes(b"\xef\xbb\xbf" + windows.encode())
         after = load_corpus(root, "test")
         assert (after.images, after.captions) == (before.images, before.captions)
+
+
+@pytest.mark.parametrize("spelling", ["./{}", "wavs/..//{}", ".///{}", "none/../{}"])
+def test_a_path_that_stays_in_the_corpus_may_be_spelt_in_any_way(spoken_coco, spelling):
+    before = load_corpus(spoken_coco, "test")
+
+    def respell(value):
+        for entry in value["data"]:
+            entry["image"] = spelling.format(entry["image"])
+            for spoken in entry["captions"]:
+                spoken["wav"] = spelling.format(spoken["wav"])
+
+    edit_json(spoken_coco / VAL, respell)
+    edit_json(
+        spoken_coco / KARPATHY,
+        lambda v: [one.update(filepath=f"./{one['filepath']}/") for one in v["images"]],
+    )
+    after = load_corpus(spoken_coco, "test")
+    assert (after.images, after.captions) == (before.images, before.captions)
 
 
 def test_links_may_not_leave_the_corpus(spoken_coco, tmp_path):
@@ -279,7 +358,7 @@ def test_no_path_whatever_leaves_the_corpus(spoken_coco, path):
     folder = UntrustedFolder(spoken_coco, skip_bad=False)
     try:
         found = folder.locate(path)
-    except BadPath as error:
+    except BadEntry as error:
         refusal = str(error)
     else:
         refusal = ""

@@ -44,6 +44,12 @@ BAD_LINES = {
     "broken line": (CAPT, "40_d_1.wav 40_d.jpg #1", "40_d_1.wav", r"line 7: '40_d_1\.wav' is not"),
     "path in a recording": (CAPT, "40_d_1.wav", "../../40_d_1.wav", r"line 7 '\.\./\.\./40_d_1'"),
     "recording twice": (CAPT, "40_d_0.wav", "40_d_1.wav", "line 8 '40_d_1': the recording has an"),
+    "recording twice in two spellings": (
+        CAPT,
+        "40_d_0.wav",
+        "./40_d_1.wav",
+        "line 8 '40_d_1': the",
+    ),
     "text spoken twice": (CAPT, "40_d.jpg #0", "40_d.jpg #1", "line 8 .*is spoken before"),
     "recording of no listed image": (CAPT, "40_d.jpg #1", "50_unlisted.jpg #1", "no split list"),
     "image name with a number behind": (CAPT, "40_d.jpg #1", "40_d.jpg.1 #1", r"40_d\.jpg\.1"),

@@ -44,6 +44,38 @@ def test_png_is_read_exactly_and_every_usual_mode_becomes_rgb(tmp_path, picture)
     assert read_image(tmp_path / "x.jpg").shape == (20, 30, 3)
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_picture_is_turned_as_its_orientation_says(tmp_path, suffix):
+    """Dark above and light below, as the camera stored it: 20 wide, 10 high."""
+    stored = np.zeros((10, 20, 3), np.uint8)
+    stored[5:] = 200
+    light = {1: (8, 10), 3: (1, 10), 6: (10, 1), 8: (10, 8)}  # row and column of the light half
+    for orientation, (row, column) in light.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(stored).save(tmp_path / f"x.{suffix}", exif=exif, quality=95)
+        pixels = read_image(tmp_path / f"x.{suffix}")
+        assert pixels.shape == ((10, 20, 3) if orientation < 5 else (20, 10, 3))
+        assert pixels[row, column, 0] > 150
+        assert pixels[-1 - row, -1 - column, 0] < 50
+
+
+@pytest.mark.parametrize(
+    ("sound", "damaged", "shape"),
+    [
+        (b"MM\0*", b"MM\0!", (20, 30, 3)),  # no header: it says nothing
+        (b"\x01\x1a\0\x05", b"\x01\x1a\0\x02", (30, 20, 3)),  # a number that claims to be text
+    ],
+)
+def test_damaged_exif_loses_no_picture(tmp_path, picture, sound, damaged, shape):
+    """Some cameras write such; the pixels are sound."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0  # orientation, resolution
+    assert sound in exif.tobytes()
+    picture.save(tmp_path / "x.jpg", exif=exif.tobytes().replace(sound, damaged))
+    assert read_image(tmp_path / "x.jpg").shape == shape
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(
     "size", [(8_000, 8_000), (10_000, 10_000), (60_000, 60_000), (2**31 - 1,) * 2]
@@ -67,18 +99,23 @@ def test_what_is_no_image_is_refused(tmp_path, picture):
     (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "folder.jpg").mkdir()
-    picture.save(tmp_path / "bitmap.jpg", format="BMP")
+    for name in ("BMP", "GIF", "WEBP", "TIFF"):
+        picture.save(tmp_path / f"{name}.jpg", format=name)
     Image.fromarray(np.zeros((4, 4), dtype=np.uint16)).save(tmp_path / "deep.png")
     for name, message in {
         "text.jpg": "no readable JPEG or PNG",
         "empty.jpg": "no readable JPEG or PNG",
-        "bitmap.jpg": "no readable JPEG or PNG",
+        "BMP.jpg": "is a BMP image; save it as JPEG or PNG",
+        "GIF.jpg": "is a GIF image; save it as JPEG or PNG",
+        "WEBP.jpg": "is a WEBP image; save it as JPEG or PNG",
+        "TIFF.jpg": "is a TIFF image; save it as JPEG or PNG",
         "folder.jpg": "is no file",
         "none.jpg": "is no file",
         "deep.png": "more than 8 bits",
     }.items():
-        with pytest.raises(InputError, match=f"{name}: .*{message}"):
+        with pytest.raises(InputError, match=f"{name}: .*{message}") as refusal:
             read_image(tmp_path / name)
+        assert str(refusal.value).count(name) == 1
 
 
 @settings(

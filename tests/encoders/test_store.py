@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,17 @@ import torch
 from PIL import Image as Picture
 
 from cmdlab.corpora import Corpus, load_corpus
-from cmdlab.encoders import IMAGE, SPEECH, TEXT, Hearing, encode, encoding, fingerprint, store
+from cmdlab.encoders import (
+    IMAGE,
+    SPEECH,
+    TEXT,
+    Hearing,
+    encode,
+    encoders_for,
+    encoding,
+    fingerprint,
+    store,
+)
 from cmdlab.encoders.store import FeatureStore, open_stores
 from cmdlab.errors import InputError
 
@@ -190,6 +201,15 @@ def test_what_was_encoded_before_a_bad_file_is_kept(corpus, tmp_path):
     assert not chunk(tmp_path, 1).exists()
 
 
+def test_features_that_are_not_finite_are_refused_by_name_and_never_stored(corpus, tmp_path):
+    deafening = Hearing(snr_db=(-400.0, -400.0))  # noise whose power float32 cannot hold
+    with pytest.raises(InputError, match="tiny-speech gives features that are not finite") as error:
+        open_store(corpus, SPEECH, tmp_path, hearing=deafening, workers=1)
+    first = corpus.captions[0]
+    assert str(error.value).startswith(f"{first.audio}: '{first.id}': ")
+    assert list(tmp_path.rglob("*.npy")) == []
+
+
 def test_another_corpus_split_or_encoder_has_another_store(built, copied, corpus):
     folders = {path.name for path in copied.iterdir()}
     others = replace(corpus, content_hash="f" * 64, images=corpus.images[:1])
@@ -231,7 +251,38 @@ def test_what_cannot_be_encoded_is_refused(corpus, tmp_path):
     with pytest.raises(InputError, match="no encoder 'clip'; there are tiny-image"):
         encode("clip", corpus.images, HEARING)
     Picture.new("RGB", (64, 32)).save(tmp_path / "flat.png")
-    with pytest.raises(InputError, match=r"flat\.png: tiny-image takes 64 × 64 .* not 64 × 32"):
+    flat = [replace(corpus.images[0], path=tmp_path / "flat.png")]
+    octopus = [replace(corpus.captions[0], text="a red octopus")]
+    with pytest.raises(InputError) as refusal:
+        encode(IMAGE, flat, HEARING)
+    assert str(refusal.value) == (
+        f"{tmp_path / 'flat.png'}: tiny-image takes 64 × 64 pixels, not 64 × 32; "
+        "no encoder here takes it: resize it"
+    )
+    with pytest.raises(InputError, match=r"of SpokenScenes, not 'octopus'; no encoder here takes"):
+        encode(TEXT, octopus, HEARING)
+    with pytest.raises(
+        InputError, match="not an item of type Caption; tiny-speech or tiny-text takes it"
+    ):
+        encode(IMAGE, octopus, HEARING)
+    with pytest.raises(InputError, match="type Image; tiny-image takes it"):
+        encode(SPEECH, flat, HEARING)
+    with pytest.raises(InputError, match="type str; no encoder here takes it: give captions"):
+        encode(TEXT, ["a red square"], HEARING)
+
+
+def test_an_encoder_that_takes_it_is_named(corpus, tmp_path, monkeypatch):
+    """As a line more would: an encoder of pictures of any size."""
+    monkeypatch.setitem(
+        encoding.INTAKES, "clip-image", encoding.Intake("images", "any", lambda size: True)
+    )
+    Picture.new("RGB", (64, 32)).save(tmp_path / "flat.png")
+    with pytest.raises(InputError, match="not 64 × 32; clip-image takes it"):
         encode(IMAGE, [replace(corpus.images[0], path=tmp_path / "flat.png")], HEARING)
-    with pytest.raises(InputError, match="does not know the word 'octopus'"):
-        encode(TEXT, [replace(corpus.captions[0], text="a red octopus")], HEARING)
+    assert encoders_for("images", Counter({(64, 64): 2})) == (
+        "encoders for its images: tiny-image, clip-image"
+    )
+    assert encoders_for("images", Counter({(64, 64): 2, (640, 480): 1000, (9, 9): 3})) == (
+        "encoders for its images: clip-image; tiny-image takes 64 × 64 pixels, and 1,003 of 1,005 "
+        "are others, mostly 640 × 480"
+    )

@@ -224,6 +224,12 @@ def test_what_is_not_valid_is_not_written(tmp_path):
     assert json.loads((tmp_path / "kept.json").read_text()) == 1
 
 
+def test_any_file_name_can_be_written_and_read_again(tmp_path):
+    names = ["音/日本", os.fsdecode(b"caf\xe9")]
+    write_json(tmp_path / "names.json", names)
+    assert json.loads((tmp_path / "names.json").read_text(encoding="utf-8")) == names
+
+
 def test_records_of_a_sweep_are_gathered_and_what_lacks_is_counted(tmp_path):
     for record in (record_of(1), record_of(2), failed_record_of(3), record_of(9)):
         (tmp_path / record["id"]).mkdir()
