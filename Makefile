@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: study smoke test bench clean help
+.PHONY: study smoke test bench profile clean help
 
 study: .venv/installed ## the study: corpus, training, report (10 minutes on two cores)
 	$(BIN)/cmdlab study
@@ -19,6 +19,9 @@ test: .venv/installed ## format, lint, types and all tests (10 minutes on two co
 bench: .venv/installed ## the kernels against their peers, on the GPU where there is one
 	$(BIN)/cmdlab bench
 	$(BIN)/cmdlab report reports/kernels/*.csv -o reports/kernels.html
+
+profile: .venv/installed ## where the study's time goes on this machine (a minute)
+	$(BIN)/cmdlab profile
 
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("cmdlab needs Python 3.11 or newer: make PYTHON=python3.12")'

@@ -175,6 +175,12 @@ def _bench(chosen: Namespace) -> int:
     return 0 if right else 1
 
 
+def _profile(_: Namespace) -> None:
+    from cmdlab.profiling import profile_study
+
+    profile_study()
+
+
 def _evaluate(chosen: Namespace) -> None:
     from cmdlab.evaluation import evaluate_file
 
@@ -381,6 +387,21 @@ def _parser() -> ArgumentParser:
         default=None,
         metavar="FILE.csv",
         help="default: reports/kernels/cpu.csv or the GPU's name; none with --quick",
+    )
+
+    _command(
+        commands,
+        "profile",
+        _profile,
+        "where the study's time goes on this machine",
+        """
+        Run each stage of the study on a small corpus, alone and on one core: making the corpus,
+        speaking, the frozen encoders, a step of training without and with denoising, evaluation,
+        examples. It takes about a minute.
+
+        example: cmdlab profile
+        output:  each stage's time and the functions that it went into, on standard output
+        """,
     )
 
     evaluate = _command(

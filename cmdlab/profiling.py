@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from cmdlab.corpora import make_corpus
+from cmdlab.corpora import Utterance, load_corpus, make_corpus, speak
 from cmdlab.experiment import make_deterministic, measure, open_data, write_examples
 from cmdlab.records import collect_provenance
 from cmdlab.retrieval import Training, train
@@ -21,8 +21,9 @@ LINES = 8  # functions or operations listed of a stage
 def profile_study() -> None:
     """Run every stage once on one core, and print its time and what that went into.
 
-    Functions are listed by their own time, measured by cProfile, whose cost is in it; the
-    operations of training by torch's profiler, in steps of their own.
+    Functions are listed by their own time, measured by cProfile, whose cost is in it (espeak-ng
+    speaks in a thread apart, for which the others wait to acquire a lock); the operations of
+    training by torch's profiler, in steps of their own.
     """
     make_deterministic()
     machine = collect_provenance()
@@ -31,13 +32,15 @@ def profile_study() -> None:
         folder = Path(name)
         corpus = folder / "corpus"
         _stage("corpus", "image", 80, lambda: make_corpus(corpus, preset="smoke", workers=1))
+        texts = [Utterance(one.text, one.speaker) for one in load_corpus(corpus, "val").captions]
+        _stage("speech alone, part of it", "caption", len(texts), lambda: speak(texts))
         _stage("features", "caption", 400, lambda: open_data(corpus, workers=1))
         data = open_data(corpus)
         for arm, weight in (("contrastive", 0.0), ("cmd-image", 1.0)):
             training = Training(steps=STEPS, validate_every=STEPS, warm_up=1, weight=weight)
             trained = train(training, data.train, data.validation)
             print(f"\ntraining, {arm}: {1e3 * trained.seconds / STEPS:.1f} ms a step")
-            with torch.profiler.profile() as profiler:
+            with torch.profiler.profile(acc_events=True) as profiler:
                 train(training, data.train, data.validation)
             operations = sorted(profiler.key_averages(), key=lambda one: -one.self_cpu_time_total)
             for one in operations[:LINES]:

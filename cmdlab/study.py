@@ -1,11 +1,15 @@
 """The whole study: corpus, features, sweep, report. Each step is kept, so a second run is quick."""
 
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cmdlab.corpora import make_corpus
 from cmdlab.errors import InputError
 from cmdlab.experiment import open_data
+from cmdlab.records import collect_provenance, write_json
 from cmdlab.sweeps import NotebookError, run_notebook, run_sweep
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -14,7 +18,8 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 def run_study(folder: Path, *, smoke: bool = False) -> Path:
     """Make everything in `folder` and return the report's path, which is printed too.
 
-    smoke: a tiny corpus and a few steps, in a folder of their own beside the real ones.
+    smoke: a tiny corpus and a few steps, in a folder of their own beside the real ones. A study
+    that was made without a break leaves its times, with the machine, in times.json.
     Raises InputError where the notebooks are not at hand, where the report's notebook fails, and,
     once the report of the others is written, where any run failed.
     """
@@ -24,33 +29,43 @@ def run_study(folder: Path, *, smoke: bool = False) -> Path:
     suffix = "-smoke" if smoke else ""
     corpus, runs = folder / f"corpus{suffix}", folder / f"runs{suffix}"
     report = folder / f"report{suffix}.html"
-    _say("1/4 the corpus: scenes drawn, captions spoken")
-    make_corpus(corpus, preset="smoke" if smoke else "default")
-    _say("2/4 features of the frozen encoders")
-    open_data(corpus)
-    _say("3/4 training runs")
-    summary = run_sweep(sweep, runs=runs, smoke=smoke, overrides={"corpus": str(corpus)})
+    is_new = not any(path.exists() for path in (corpus, corpus.with_name(f"{corpus.name}.making")))
+    seconds: dict[str, float] = {}
+    with _stage(seconds, "corpus", "1/4 the corpus: scenes drawn, captions spoken"):
+        make_corpus(corpus, preset="smoke" if smoke else "default")
+    with _stage(seconds, "features", "2/4 features of the frozen encoders"):
+        open_data(corpus)
+    with _stage(seconds, "training", "3/4 training runs"):
+        summary = run_sweep(sweep, runs=runs, smoke=smoke, overrides={"corpus": str(corpus)})
     print(
         f"{summary.done} run, {summary.resumed} kept from before, {summary.failed} failed",
         file=sys.stderr,
     )
-    _say("4/4 the report")
     executed = folder / f"ablation_report{suffix}.ipynb"
     try:
-        run_notebook(
-            NOTEBOOKS / "ablation_report.ipynb",
-            {"runs": str(summary.listing), "report": str(report)},
-            executed,
-        )
+        with _stage(seconds, "report", "4/4 the report"):
+            run_notebook(
+                NOTEBOOKS / "ablation_report.ipynb",
+                {"runs": str(summary.listing), "report": str(report)},
+                executed,
+            )
     except NotebookError as error:
         raise InputError(
             f"{executed}: the report failed ({error}); see the traceback in this notebook, mend "
             "the cause, and give the same command again"
         ) from error
+    if is_new and not summary.resumed:
+        times = {"seconds": seconds, "provenance": collect_provenance()}
+        write_json(folder / f"times{suffix}.json", times)
     print(report)
     summary.refuse_failures()
     return report
 
 
-def _say(text: str) -> None:
+@contextmanager
+def _stage(seconds: dict[str, float], name: str, text: str) -> Iterator[None]:
+    """Say what begins, and note how long it took."""
     print(text, file=sys.stderr, flush=True)
+    started = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - started, 1)

@@ -16,7 +16,7 @@ FLOORS = (  # from the lowest up; a room imports lower floors only, none of its 
     ("encoders", "reporting", "sweeps"),
     ("retrieval",),
     ("experiment",),
-    ("study",),
+    ("study", "profiling"),
     ("cli",),
     ("__main__",),
 )

@@ -120,7 +120,14 @@ def _version(distribution: str) -> str | None:
 
 
 def _cpu_model() -> str:
+    """The processor's name and its vector unit, which a virtual machine's name tells nothing of."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    of_first: dict[str, str] = {}
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
+        name, _, value = line.partition(":")
+        of_first.setdefault(name.strip(), value.strip())
+    flags = of_first.get("flags", "").split()
+    units = {"avx512f": "AVX-512", "avx2": "AVX2"}
+    unit = [words for flag, words in units.items() if flag in flags][:1]
+    model = of_first.get("model name") or platform.processor() or platform.machine()
+    return ", ".join([model, *unit])

@@ -13,7 +13,7 @@ from cmdlab.experiment.run import inference_cost
 from cmdlab.retrieval.denoising import Denoising
 from cmdlab.retrieval.losses import training_losses
 from cmdlab.retrieval.model import RetrievalModel
-from cmdlab.retrieval.training import Trained, Training, embed, make_batch, train
+from cmdlab.retrieval.training import Trained, Training, embed, embed_speech, make_batch, train
 
 CONTRASTIVE = Training(
     seed=3, steps=12, batch_size=8, warm_up=3, validate_every=5, learning_rate=3e-3
@@ -186,10 +186,11 @@ def test_with_and_without_cmd_a_model_costs_and_gives_the_same(run, validation, 
 
 def test_embeddings_do_not_depend_on_the_batches(run, validation):
     model = run(CONTRASTIVE).model
-    whole, parts = (embed(model, validation, "cpu", batch_size=size) for size in (250, 4))
-    assert torch.allclose(whole[0], parts[0], atol=1e-6)
-    assert torch.equal(whole[1], validation.image.embeddings)
-    assert whole[0].shape == (18, 8)
+    speech, image = embed(model, validation, "cpu")
+    parts = embed_speech(model, validation.speech, range(18), "cpu", batch_size=4)
+    assert torch.allclose(speech, parts, atol=1e-6)
+    assert torch.equal(image, validation.image.embeddings)
+    assert speech.shape == (18, 8)
 
 
 def test_a_checkpoint_of_another_run_is_refused(run, toy_features, validation, tmp_path):
