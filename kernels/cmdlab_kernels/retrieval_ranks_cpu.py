@@ -33,7 +33,7 @@ from cmdlab_kernels.retrieval_scores import (
 from cmdlab_kernels.retrieval_tiles_cpu import BF16, FP32, INT8, Precision, Tiles, plain_float32
 
 SAMPLED = 64  # images from which the spread of a caption's scores is estimated
-CROWDED = 4  # times the share that was expected at most: too much in doubt for a caption
+SURPRISE = 4  # times the share expected at most, on the average of all captions, is too much
 
 
 def precisions(dimensions: int) -> list[Precision]:
@@ -151,9 +151,9 @@ def _count(
     """The counts of the rows `chosen` [n] of speech, and which were handed on uncounted, bool [n].
 
     low_speech, speech_image_id, speech_threshold [n] and the counts are of the chosen rows. A row
-    of which too much is in doubt in the first chunk of columns is handed on, and where that is
-    most rows, all are. Later, and in float32, after which nothing is tried, such a row of a tile is
-    counted exactly.
+    of which too much is in doubt in the first chunk of columns is handed on; where that is most
+    rows, or the others' average is too much, all are. Later, and in float32, after which nothing is
+    tried, such a row of a tile is counted exactly.
     """
     n = len(chosen)
     tiles = Tiles(precision, low_speech, low_image)
@@ -162,7 +162,8 @@ def _count(
     speech_error = low_speech.norm * (low_speech.scale * rounding)
     image_error = low_image.norm * low_image.scale
     counts = Counts.zeros(chosen, image, precision.name)
-    handed_on, seen = torch.zeros_like(chosen, dtype=torch.bool), 0
+    handed_on = torch.zeros_like(chosen, dtype=torch.bool)
+    seen = doubtful = 0
     for columns in _chunks(len(image)):
         tiles.take(columns)
         ends_of_columns = torch.nn.functional.pad(image_ends[:, None, columns], (0, tiles.padding))
@@ -174,16 +175,12 @@ def _count(
             tiles.drop(handed_on[rows].nonzero()[:, 0])
             pairs = tiles.compare(*ends)
             in_doubt = torch.bincount(pairs // tiles.shape[1], minlength=tiles.shape[0])
-            limit = CROWDED * precision.doubtful_limit * tiles.shape[1]
-            crowded = (in_doubt > limit).nonzero()[:, 0]
-            seen += tiles.shape[0]
+            crowded = (in_doubt > precision.crowded_limit * tiles.shape[1]).nonzero()[:, 0]
+            may_hand_on = columns.start == 0 and precision.dtype != torch.float32
             if len(crowded) > 0:
                 place = rows.start + crowded
-                if columns.start == 0 and precision.dtype != torch.float32:
+                if may_hand_on:
                     handed_on[place] = True
-                    if int(handed_on.sum()) * 2 > seen:
-                        nothing = Counts.zeros(chosen, image, precision.name)
-                        return nothing, torch.ones_like(handed_on)
                 else:
                     part = count_exact(
                         *(speech[chosen[place]], images, speech_image_id[place], image_id[columns]),
@@ -192,6 +189,13 @@ def _count(
                     counts.add_part(part, place, columns)
                 tiles.drop(crowded)
                 pairs = tiles.compare(*ends)
+            if may_hand_on:
+                seen += tiles.shape[0]
+                doubtful += len(pairs)
+                most = SURPRISE * precision.doubtful_limit * seen * tiles.shape[1]
+                if doubtful > most or int(handed_on.sum()) * 2 > seen:
+                    nothing = Counts.zeros(chosen, image, precision.name)
+                    return nothing, torch.ones_like(handed_on)
             above_row, above_column = tiles.sums()
             counts.speech_greater[rows] += above_row
             counts.image_greater[columns] += above_column

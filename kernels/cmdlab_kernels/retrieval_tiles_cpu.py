@@ -31,22 +31,27 @@ COUNTED = {1: 240, 2: HEIGHT}  # rows added at once, by bytes of a count: it hol
 
 @dataclass(frozen=True)
 class Precision:
-    """A way to multiply matrices, and the share of doubtful pairs up to which it pays."""
+    """A way to multiply matrices, and the shares of a caption's pairs in doubt up to which it pays.
+
+    It is tried where up to `doubtful_limit` is expected, and kept where up to `crowded_limit` is
+    found.
+    """
 
     name: str
     dtype: torch.dtype
     product_dtype: torch.dtype
     compared_dtype: torch.dtype  # to which the products are cut down
     doubtful_limit: float
+    crowded_limit: float
 
     def round(self, rows: Tensor, *, clip: bool) -> Rounded:
         multiple = 4 if self.dtype == torch.int8 else 1  # torch._int_mm is wrong for D = 1
         return round_rows(rows, self.dtype, multiple=multiple, clip=clip)
 
 
-INT8 = Precision("cpu-int8", torch.int8, torch.int32, torch.int8, 0.0075)
-BF16 = Precision("cpu-bf16", torch.bfloat16, torch.bfloat16, torch.int16, 0.015)
-FP32 = Precision("cpu-fp32", torch.float32, torch.float32, torch.int16, 0.0075)
+INT8 = Precision("cpu-int8", torch.int8, torch.int32, torch.int8, 0.0075, 0.12)
+BF16 = Precision("cpu-bf16", torch.bfloat16, torch.bfloat16, torch.int16, 0.015, 0.24)
+FP32 = Precision("cpu-fp32", torch.float32, torch.float32, torch.int16, 1.0, 0.03)
 
 
 class Tiles:

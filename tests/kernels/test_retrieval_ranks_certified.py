@@ -153,7 +153,7 @@ def test_never_differs_from_brute_force(attack, seed, images, width):
     width=st.integers(1, 48),
 )
 def test_a_precision_that_never_gives_up_does_not_either(name, attack, seed, images, width):
-    without_limit = replace(PRECISIONS[name], doubtful_limit=1.0)
+    without_limit = replace(PRECISIONS[name], doubtful_limit=1.0, crowded_limit=1.0)
     inputs = attacked(attack, seed, images, width)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval_ranks_cpu, "precisions", lambda dimensions: [without_limit])
@@ -286,7 +286,7 @@ def test_tiles_of_any_size_and_padding_give_the_same_counts(monkeypatch):
     speech, image = small_integers(generator, 300, 77, 9)
     inputs = speech, image, torch.arange(300) % 77, torch.arange(77)
     expected = brute_force(*inputs)
-    without_limit = replace(FP32, doubtful_limit=1.0)
+    without_limit = replace(FP32, crowded_limit=1.0)
     monkeypatch.setattr(retrieval_ranks_cpu, "precisions", lambda dimensions: [without_limit])
     for height, width in ((1, 8), (48, 16), (479, 40)):
         monkeypatch.setattr(retrieval_tiles_cpu, "HEIGHT", height)
