@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class Timing:
     bytes: float
     fraction_of_floor: float
     peak_memory_bytes: float
+    precisions: str = ""  # which older files lack
 
     @property
     def is_peer(self) -> bool:
@@ -95,7 +96,8 @@ def read_timings(file: Path) -> list[Timing]:
     try:
         with Path(file).open(newline="", encoding="utf-8") as content:
             reader = csv.DictReader(content)
-            missing = [f.name for f in fields(Timing) if f.name not in (reader.fieldnames or ())]
+            names = [field.name for field in fields(Timing) if field.default is MISSING]
+            missing = [name for name in names if name not in (reader.fieldnames or ())]
             if missing:
                 raise InputError(f"{file}: lacks the column {missing[0]}; run `cmdlab bench` again")
             timings = [_timing(file, reader.line_num, line) for line in reader]
@@ -109,7 +111,7 @@ def read_timings(file: Path) -> list[Timing]:
 def _timing(file: Path, number: int, line: dict[str, str]) -> Timing:
     values: dict[str, Any] = {}
     for field in fields(Timing):
-        text = line[field.name] or ""
+        text = line.get(field.name) or ""
         try:
             values[field.name] = text if field.type is str else float(text or "nan")
         except ValueError:
@@ -349,7 +351,7 @@ def _table(title: str, groups: dict[tuple[str, str], list[Timing]], name: str) -
                         timing.provider,
                         timing.mode,
                         _written(shape),
-                        timing.dtype,
+                        timing.precisions or timing.dtype,
                         seconds(timing.p50),
                         f"{seconds(timing.p20)}–{seconds(timing.p80)}",
                         f"{timing.p50 / ours.p50:.2f}",
@@ -374,8 +376,10 @@ def _table(title: str, groups: dict[tuple[str, str], list[Timing]], name: str) -
             Column("Memory, MiB"),
         ],
         rows,
-        "Of the floor: the least time that the ceilings measured in the same run allow for the "
-        "operations and bytes of the task, over the median. Memory: the peak above the inputs.",
+        "Type: of the inputs, or the share of the captions that took each, where every caption "
+        "takes the precision that suits it. Of the floor: the least time that the ceilings "
+        "measured in the same run allow for the operations and bytes of the task, over the median. "
+        "Memory: the peak above the inputs.",
     )
 
 

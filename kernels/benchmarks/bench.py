@@ -29,7 +29,7 @@ import torch
 OPERATIONS = ("retrieval_ranks", "denoising_attention", "info_nce")
 COLUMNS = (
     *("operation", "provider", "mode", "dtype", "shape", "metric", "p20", "p50", "p80"),
-    *("flops", "bytes", "fraction_of_floor", "peak_memory_bytes"),
+    *("flops", "bytes", "fraction_of_floor", "peak_memory_bytes", "precisions"),
     *("device", "threads", "driver", "torch", "triton", "git_sha"),
 )
 GRAPH_BELOW = 100e-6  # seconds; below, launches are a good part of the time
@@ -52,9 +52,9 @@ def run_benchmarks(
     """Check and time the operations (default: all), print a table, and write the CSV.
 
     device: "cpu" or "cuda", by default the GPU where there is one. quick: small sizes, few
-    repeats. output: by default reports/kernels/<cpu or the GPU's name>.csv, or with `quick` no
-    file; `write` puts the text there. Returns whether every answer was right; an operation with a
-    wrong one gives no speed.
+    repeats. output: by default reports/kernels/NAME.csv, NAME being the GPU's name or "cpu" and the
+    processor's instructions, or with `quick` no file; `write` puts the text there. Returns whether
+    every answer was right; an operation with a wrong one gives no speed.
     Raises ValueError for an operation or a device that is not there.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,7 +65,8 @@ def run_benchmarks(
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
     machine = _machine(device)
     if output is None and not quick:
-        name = "cpu" if device == "cpu" else re.sub("[^a-z0-9]+", "-", machine["device"].lower())
+        name = f"cpu {_instructions()}" if device == "cpu" else machine["device"]
+        name = re.sub("[^a-z0-9]+", "-", name.lower())
         output = Path("reports", "kernels", f"{name}.csv")
     print(f"what {machine['device']} reaches now", file=sys.stderr)
     reached = ceilings(device, quick)
@@ -104,13 +105,15 @@ def row(
     least_bytes: float | None = None,
     floor: float | None = None,
     peak_memory_bytes: int | None = None,
+    precisions: str | None = None,
 ) -> dict[str, Any]:
     """One line of the CSV.
 
     `mode` is what was asked for ("both directions", "forward", "forward + backward"); `metric`
     names the unit ("seconds", "flop/s", "bytes/s"); `flops` and `least_bytes` are what the
     operation must do and move; `floor` is the least time in seconds that the measured ceilings
-    allow for them, of which `fraction_of_floor` = floor / p50.
+    allow for them, of which `fraction_of_floor` = floor / p50; `precisions` tells which share of
+    the work took which arithmetic, where that depends on the data.
     """
     return {
         "operation": operation,
@@ -124,6 +127,7 @@ def row(
         "bytes": least_bytes,
         "fraction_of_floor": None if floor is None else floor / quantiles[1],
         "peak_memory_bytes": peak_memory_bytes,
+        "precisions": precisions,
     }
 
 
@@ -247,7 +251,12 @@ def _processor() -> str:
     fast = [
         flag for flag in ("avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8") if flag in flags
     ]
-    return " ".join([names[0] if names else platform.processor(), *fast])
+    return " ".join([names[0] if names else platform.processor(), *(fast or [_instructions()])])
+
+
+def _instructions() -> str:
+    """What torch's own loops use of the processor, such as "AVX2"."""
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _triton_version() -> str | None:

@@ -118,7 +118,9 @@ def cross_attention(
             float16 or bfloat16 with heads up to 128 wide, float32 up to 64), or "auto": "triton"
             where it runs, else "padded".
 
-    On the CPU outside torch.compile an index out of range or order raises. Elsewhere, where looking
+    Products are of the inputs' dtype, in autocast too. (A backward pass that itself runs in
+    autocast, against torch's advice, has torch's own products in autocast's.) On the CPU outside
+    torch.compile an index out of range or order raises. Elsewhere, where looking
     would wait for the device or break the graph, "triton" makes NaN for its place; the others give
     the right answer for any order of `item`, and leave an index out of range to torch.
 
@@ -127,21 +129,22 @@ def cross_attention(
     """
     check_dtype("query, tokens and projections", query, tokens, *projections)
     check_attention(query, item, tokens, lengths, projections, heads)
-    valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, K]
-    tokens = tokens.where(valid[..., None], 0)
-    q = F.linear(query, projections.query)  # [P, W]
-    key_value = F.linear(tokens, projections.key_value)  # [B, K, 2W]
-    if use_triton(impl, q, q.shape[1] // heads):
-        from cmdlab_kernels.ragged_attention_triton import ragged_attention_fwd
+    with torch.autocast(query.device.type, enabled=False):
+        valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, K]
+        tokens = tokens.where(valid[..., None], 0)
+        q = F.linear(query, projections.query)  # [P, W]
+        key_value = F.linear(tokens, projections.key_value)  # [B, K, 2W]
+        if use_triton(impl, q, q.shape[1] // heads):
+            from cmdlab_kernels.ragged_attention_triton import ragged_attention_fwd
 
-        attended = ragged_attention_fwd(q, item, key_value, lengths, heads)[0]
-    elif impl == "reference":
-        attended = reference_attention(q, item, key_value, lengths, heads)
-    elif torch.compiler.is_compiling():
-        attended = padded_attention_fwd(q, item, key_value, lengths, heads)
-    else:
-        attended = padded_attention(q, item, key_value, lengths, heads)
-    return torch.addmm(query, attended, projections.output.T)
+            attended = ragged_attention_fwd(q, item, key_value, lengths, heads)[0]
+        elif impl == "reference":
+            attended = reference_attention(q, item, key_value, lengths, heads)
+        elif torch.compiler.is_compiling():
+            attended = padded_attention_fwd(q, item, key_value, lengths, heads)
+        else:
+            attended = padded_attention(q, item, key_value, lengths, heads)
+        return torch.addmm(query, attended, projections.output.T)
 
 
 def restoration_loss(
@@ -250,12 +253,14 @@ def padded_attention_bwd(
     keys, values = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in key_value.chunk(2, -1))
     outside = (torch.arange(k, device=q.device) >= lengths[:, None])[:, None, None]
     scale = q.shape[-1] ** -0.5
-    weights = (scale * q @ keys.mT).masked_fill(outside, -torch.inf).softmax(-1)
-    weights = weights.masked_fill(outside, 0)  # [B, H, longest, K]
-    grad_weights = grad @ values.mT
-    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
-    grad_q = (grad_scores @ keys).transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, row)
-    grad_key_value = torch.cat([grad_scores.mT @ q, weights.mT @ grad], 1)  # [B, 2H, K, d]
+    with torch.autocast(q.device.type, enabled=False):
+        weights = (scale * q @ keys.mT).masked_fill(outside, -torch.inf).softmax(-1)
+        weights = weights.masked_fill(outside, 0)  # [B, H, longest, K]
+        grad_weights = grad @ values.mT
+        along = (weights * grad_weights).sum(-1, keepdim=True)
+        grad_scores = weights * (grad_weights - along) * scale
+        grad_q = (grad_scores @ keys).transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, row)
+        grad_key_value = torch.cat([grad_scores.mT @ q, weights.mT @ grad], 1)  # [B, 2H, K, d]
     return grad_q.to(dtype), grad_key_value.transpose(1, 2).flatten(2).contiguous().to(dtype)
 
 

@@ -6,12 +6,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Implementation = Literal["auto", "reference", "triton"]
+from cmdlab_kernels.info_nce_cpu import info_nce_cpu_fwd
+
+Implementation = Literal["auto", "reference", "cpu", "triton"]
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def info_nce(
-    speech: Tensor, image: Tensor, image_id: Tensor, scale: Tensor, *, impl: Implementation = "auto"
+    speech: Tensor,
+    image: Tensor,
+    image_id: Tensor,
+    scale: Tensor | float,
+    *,
+    impl: Implementation = "auto",
 ) -> Tensor:
     """Return the symmetric InfoNCE loss of N pairs, a 0-d tensor.
 
@@ -28,19 +35,21 @@ def info_nce(
         speech: [N, D] float, unit-norm rows.
         image: [N, D], same dtype and device, unit-norm rows.
         image_id: [N] int64, the image of each pair.
-        scale: 0-d float, 1 / temperature, positive.
-        impl: "reference" runs anywhere and holds the N × N scores. "triton" needs CUDA,
-            float32, float16 or bfloat16, and holds no N × N matrix. "auto" takes "triton" on
-            CUDA where the dtype allows it, else "reference".
+        scale: 1 / temperature, positive; a number, or a 0-d float tensor.
+        impl: "reference" runs anywhere and holds the N × N scores. "cpu" (CPU only) holds them
+            too and takes one exponential of them. "triton" needs CUDA, float32, float16 or
+            bfloat16, and holds no N × N matrix. "auto" takes "triton" on CUDA where the dtype
+            allows it, "cpu" on a CPU, else "reference".
 
-    Gradients flow to `speech`, `image` and `scale`. The loss is float64 for float64
-    embeddings, else float32.
+    Gradients flow to `speech`, `image` and `scale`; those of "cpu" and "triton" have no further
+    derivative. The loss is float64 for float64 embeddings, else float32, and so is what "cpu" and
+    "triton" compute with; neither autocast nor torch's default dtype changes that.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or an `impl` that cannot run.
     """
-    if impl not in ("auto", "reference", "triton"):
-        raise ValueError(f"impl must be 'auto', 'reference' or 'triton', not {impl!r}")
+    if impl not in ("auto", "reference", "cpu", "triton"):
+        raise ValueError(f"impl must be 'auto', 'reference', 'cpu' or 'triton', not {impl!r}")
     if speech.ndim != 2 or speech.shape != image.shape or speech.shape[0] == 0:
         raise ValueError(
             "speech and image must both be [N, D] with N >= 1, "
@@ -55,6 +64,9 @@ def info_nce(
             f"image_id must be int64 [{speech.shape[0]}], "
             f"not {image_id.dtype} {list(image_id.shape)}"
         )
+    if not isinstance(scale, Tensor):
+        wide = torch.promote_types(speech.dtype, torch.float32)
+        scale = torch.tensor(scale, dtype=wide, device=speech.device)
     if scale.ndim != 0 or not scale.is_floating_point():
         raise ValueError(f"scale must be a 0-d float tensor, not {scale.dtype} {scale.ndim}-d")
     if not speech.device == image.device == image_id.device == scale.device:
@@ -65,11 +77,16 @@ def info_nce(
             'impl="triton" supports float32, float16 and bfloat16 on CUDA, '
             f"not {speech.dtype} on {speech.device.type}"
         )
-    if impl == "triton" or (impl == "auto" and speech.is_cuda and runs):
-        from cmdlab_kernels.info_nce_triton import info_nce_fwd
+    if impl == "cpu" and speech.device.type != "cpu":
+        raise ValueError(f'impl="cpu" supports CPU tensors, not {speech.device.type}')
+    with torch.autocast(speech.device.type, enabled=False):
+        if impl == "triton" or (impl == "auto" and speech.is_cuda and runs):
+            from cmdlab_kernels.info_nce_triton import info_nce_fwd
 
-        return info_nce_fwd(speech, image, image_id, scale)[0]
-    return info_nce_reference(speech, image, image_id, scale)
+            return info_nce_fwd(speech, image, image_id, scale)[0]
+        if impl == "reference" or speech.device.type != "cpu":
+            return info_nce_reference(speech, image, image_id, scale)
+        return info_nce_cpu_fwd(speech, image, image_id, scale)[0]
 
 
 def interpreted() -> bool:

@@ -166,7 +166,8 @@ def info_nce_fwd(
         for side, other, sums in ((speech, image, row_sums), (image, speech, column_sums)):
             total = sums.sum(0)
             mantissa, exponent = total.frexp()
-            lse.append(mantissa.log() + (exponent - HEADROOM.value) * LN_2 + scale)
+            # An int32 less a number would have torch's default dtype.
+            lse.append(mantissa.log() + (exponent.float() - HEADROOM.value) * LN_2 + scale)
             untrusted_fwd_kernel[(triton.cdiv(n, options["BLOCK_N"]),)](
                 side, other, group, scale, total, lse[-1], n, d, **options
             )
@@ -233,10 +234,11 @@ def groups(image_id: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b in float32, whatever the dtype of a and b."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    """Return a b in float32, whatever the dtype of a and b, and inside of autocast too."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and a.dtype != torch.float32:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return a.float() @ b.float()
 
 
 @info_nce_fwd.register_fake

@@ -1,9 +1,9 @@
 """How far low-precision scores can be from the scores that define a retrieval rank.
 
-The proof is in `kernels/README.md`. It holds for any sum of float32 products in any order whose
-additions err by at most 2^-22 of the sum of the absolute terms, which covers processors that round
-to nearest or towards zero, flush underflow to zero, or align a few terms before they add them (as
-tensor cores do), and for integer sums, which are exact.
+The proof is in `kernels/README.md`. It holds for any sum of products in any order whose additions
+err by at most `ADDITION` of the sum of the absolute terms, which covers processors that round to
+nearest or towards zero, flush underflow to zero, or (in the 16-bit types) align a few terms before
+they add them, as tensor cores do, and for integer sums, which are exact.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor
 from cmdlab_kernels.retrieval_scores import float64_bound, largest_entry
 
 BLOCK = 4096  # rows rounded at a time on a GPU; a few hundred stay in a processor's cache
+ADDITION = {torch.int8: 0.0, torch.float16: 2.0**-22, torch.bfloat16: 2.0**-22}
+ADDITION[torch.float32] = 2.0**-23
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,12 @@ class Rounded:
     def __getitem__(self, rows: Tensor) -> Rounded:
         """Some of the rows, int64 [m]."""
         return Rounded(self.values[rows], self.scale, self.norm[rows], self.residual[rows])
+
+    def times(self, power: float) -> Rounded:
+        """The same rows in units of scale / power, a power of two."""
+        return Rounded(
+            self.values * power, self.scale / power, self.norm * power, self.residual * power
+        )
 
     @property
     def reach(self) -> Tensor:
@@ -93,17 +101,21 @@ def doubtful_interval(threshold: Tensor, queries: Rounded, gallery: Rounded) -> 
     lower end to a pair below it.
     """
     dimensions = queries.values.shape[1]
-    exact_sums = queries.values.dtype == torch.int8
-    rounding = float64_bound(dimensions) + (0.0 if exact_sums else (dimensions + 16) * 2.0**-22)
+    rounding = accumulation(queries.values.dtype, dimensions) + float64_bound(dimensions)
     error = (
         queries.residual * gallery.reach
         + queries.norm * gallery.residual.max()
         + (queries.norm + queries.residual) * gallery.reach * rounding
-        + dimensions * 2.0**-120  # underflow
+        + dimensions * 2.0**-110  # underflow
     )
     centre = threshold / queries.scale / gallery.scale
     error = error * (1 + 2.0**-20) + centre.abs() * 2.0**-48
     return torch.stack([centre - error, centre + error])
+
+
+def accumulation(dtype: torch.dtype, dimensions: int) -> float:
+    """Times two norms, how far a sum of products of `dtype` can be from the sum's exact value."""
+    return (dimensions + 16) * ADDITION[dtype]
 
 
 def float_ends(ends: Tensor, dtype: torch.dtype) -> Tensor:

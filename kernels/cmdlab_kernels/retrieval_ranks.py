@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cmdlab_kernels import retrieval_ranks_cpu
+from cmdlab_kernels import retrieval_ranks_cpu, retrieval_ranks_small
 from cmdlab_kernels.retrieval_scores import (
     PATHS,
     Counts,
@@ -45,19 +45,25 @@ class RetrievalRanks:
         speech_equal: int64 [N], images of other ids with exactly its score.
         image_greater: int64 [M], captions of other ids that score above image j's best caption.
         image_equal: int64 [M], captions of other ids with exactly its score.
-        path_code: int64 [], index in `PATHS` of the arithmetic that was used.
+        arithmetic: int64 [N], index in `PATHS` of the arithmetic that caption i took.
     """
 
     speech_greater: Tensor
     speech_equal: Tensor
     image_greater: Tensor
     image_equal: Tensor
-    path_code: Tensor
+    arithmetic: Tensor
 
     @property
     def path(self) -> str:
-        """The arithmetic that was used, such as "cpu-bf16", or "exact" where it fell back."""
-        return PATHS[int(self.path_code)]
+        """The most exact arithmetic that any caption took: "cpu-bf16", "exact" or the like."""
+        return PATHS[int(self.arithmetic.max())]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the captions that took each arithmetic, fastest first."""
+        counts = torch.bincount(self.arithmetic.cpu(), minlength=len(PATHS)).tolist()
+        return {path: c / sum(counts) for path, c in zip(PATHS, counts, strict=True) if c}
 
 
 def retrieval_ranks(
@@ -95,31 +101,44 @@ def retrieval_ranks(
             finite in float64, an image without a caption, or a caption without an image.
     """
     speech, image = speech.detach(), image.detach()
+    with torch.autocast(speech.device.type, enabled=False):
+        if group is not None:
+            return _sharded_ranks(speech, image, speech_image_id, image_id, impl, group)
+        _check(speech, image, speech_image_id, image_id, impl, empty_shard=False)
+        # The operator costs as much as the ranks of a small gallery.
+        ranks = ranks_operator if torch.compiler.is_compiling() else ranks_of_all
+        return RetrievalRanks(
+            *ranks(speech, image, speech_image_id, image_id, _chosen(impl, speech))
+        )
+
+
+def _sharded_ranks(
+    speech: Tensor,
+    image: Tensor,
+    speech_image_id: Tensor,
+    image_id: Tensor,
+    impl: str,
+    group: ProcessGroup,
+) -> RetrievalRanks:
     ids = speech_image_id, image_id
 
     def thresholds() -> tuple[Tensor, Tensor]:
-        _check(speech, image, *ids, impl, empty_shard=group is not None)
-        return torch.ops.cmdlab_kernels.retrieval_thresholds(
-            speech, image, *ids, _chosen(impl, speech), group is None
-        )
+        _check(speech, image, *ids, impl, empty_shard=True)
+        return best_scores(speech, image, *ids, _chosen(impl, speech), whole_gallery=False)
 
     speech_threshold, image_threshold = _on_all_ranks(group, speech, speech_image_id, thresholds)
-    if group is not None:
-        torch.distributed.all_reduce(speech_threshold, torch.distributed.ReduceOp.MAX, group)
-        if bool(speech_threshold.isneginf().any()):
-            raise ValueError("speech_image_id holds an id that is on no rank of the group")
+    torch.distributed.all_reduce(speech_threshold, torch.distributed.ReduceOp.MAX, group)
+    if bool(speech_threshold.isneginf().any()):
+        raise ValueError("speech_image_id holds an id that is on no rank of the group")
 
     def count() -> tuple[Tensor, ...]:
-        return torch.ops.cmdlab_kernels.retrieval_counts(
-            speech, image, *ids, speech_threshold, image_threshold, _chosen(impl, speech)
-        )
+        thresholds = speech_threshold, image_threshold
+        return count_at(speech, image, *ids, *thresholds, _chosen(impl, speech))
 
-    *counts, path_code = _on_all_ranks(group, speech, speech_image_id, count)
-    if group is not None:
-        summed = torch.stack(counts[:2])
-        torch.distributed.all_reduce(summed, torch.distributed.ReduceOp.SUM, group)
-        counts[:2] = summed
-    return RetrievalRanks(counts[0], counts[1], counts[2], counts[3], path_code)
+    *counts, arithmetic = _on_all_ranks(group, speech, speech_image_id, count)
+    summed = torch.stack(counts[:2])
+    torch.distributed.all_reduce(summed, torch.distributed.ReduceOp.SUM, group)
+    return RetrievalRanks(summed[0], summed[1], counts[2], counts[3], arithmetic)
 
 
 def _chosen(impl: str, speech: Tensor) -> str:
@@ -131,14 +150,12 @@ def _chosen(impl: str, speech: Tensor) -> str:
 
 
 def _on_all_ranks(
-    group: ProcessGroup | None, speech: Tensor, speech_image_id: Tensor, function: Callable[[], Any]
+    group: ProcessGroup, speech: Tensor, speech_image_id: Tensor, function: Callable[[], Any]
 ) -> Any:
-    """What `function` returns; where it raises on one rank of a group, all ranks raise.
+    """What `function` returns; where it raises on one rank of the group, all ranks raise.
 
     Otherwise the others would wait for that rank for ever.
     """
-    if group is None:
-        return function()
     result, error = None, None
     try:
         result = function()
@@ -201,13 +218,40 @@ def _check(
             raise ValueError('impl="triton" supports float16, bfloat16 and float32, got float64')
 
 
-@torch.library.custom_op("cmdlab_kernels::retrieval_thresholds", mutates_args=())
-def retrieval_thresholds(
+def ranks_of_all(
+    speech: Tensor, image: Tensor, speech_image_id: Tensor, image_id: Tensor, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of RetrievalRanks, for a gallery that is not split."""
+    ids = speech_image_id, image_id
+    if impl == "cpu":
+        counts = retrieval_ranks_small.count_small(speech, image, *ids)
+        if counts is not None:
+            return counts.tensors()
+    thresholds = best_scores(speech, image, *ids, impl, whole_gallery=True)
+    return count_at(speech, image, *ids, *thresholds, impl)
+
+
+ranks_operator = torch.library.custom_op(
+    "cmdlab_kernels::retrieval_ranks", ranks_of_all, mutates_args=()
+)
+
+
+@ranks_operator.register_fake
+def _(speech, image, speech_image_id, image_id, impl):
+    empty = torch.empty_like
+    return (
+        *(empty(speech_image_id), empty(speech_image_id)),
+        *(empty(image_id), empty(image_id), empty(speech_image_id)),
+    )
+
+
+def best_scores(
     speech: Tensor,
     image: Tensor,
     speech_image_id: Tensor,
     image_id: Tensor,
     impl: str,
+    *,
     whole_gallery: bool,
 ) -> tuple[Tensor, Tensor]:
     """The best positive's score float64 of each caption [N] and of each image [M].
@@ -240,16 +284,7 @@ def retrieval_thresholds(
     return best, best_of_image
 
 
-@retrieval_thresholds.register_fake
-def _(speech, image, speech_image_id, image_id, impl, whole_gallery):
-    return (
-        torch.empty_like(speech_image_id, dtype=torch.float64),
-        torch.empty_like(image_id, dtype=torch.float64),
-    )
-
-
-@torch.library.custom_op("cmdlab_kernels::retrieval_counts", mutates_args=())
-def retrieval_counts(
+def count_at(
     speech: Tensor,
     image: Tensor,
     speech_image_id: Tensor,
@@ -258,7 +293,7 @@ def retrieval_counts(
     image_threshold: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Count the pairs above and at the thresholds: the counts and the path of RetrievalRanks."""
+    """Count the pairs above and at the thresholds: the tensors of RetrievalRanks."""
     if impl == "reference" or len(image) == 0:
         count = count_reference
     elif impl == "triton":
@@ -267,23 +302,8 @@ def retrieval_counts(
         count = retrieval_ranks_triton.count_certified
     else:
         count = retrieval_ranks_cpu.count_certified
-    counts = count(speech, image, speech_image_id, image_id, speech_threshold, image_threshold)
-    path_code = torch.tensor(PATHS.index(counts.path))
-    return (
-        counts.speech_greater,
-        counts.speech_equal,
-        counts.image_greater,
-        counts.image_equal,
-        path_code,
-    )
-
-
-@retrieval_counts.register_fake
-def _(speech, image, speech_image_id, image_id, speech_threshold, image_threshold, impl):
-    speech_count, image_count = torch.empty_like(speech_image_id), torch.empty_like(image_id)
-    path_code = torch.empty((), dtype=torch.int64)
-    empty = torch.empty_like
-    return speech_count, empty(speech_count), image_count, empty(image_count), path_code
+    ids, thresholds = (speech_image_id, image_id), (speech_threshold, image_threshold)
+    return count(speech, image, *ids, *thresholds).tensors()
 
 
 def count_reference(

@@ -25,7 +25,7 @@ from cmdlab_kernels.retrieval_bounds import (
     ordinary,
     round_rows,
 )
-from cmdlab_kernels.retrieval_scores import Counts, count_exact
+from cmdlab_kernels.retrieval_scores import PATHS, Counts, count_exact
 
 PAIRS_AT_ONCE = 2**30  # of one launch; its list of doubtful pairs is emptied before the next
 PILOT_ROWS = 2048
@@ -290,7 +290,7 @@ def _count(
         speech_counts[1].long(),
         image_counts[0].long(),
         image_counts[1].long(),
-        precision.name,
+        torch.full((n,), PATHS.index(precision.name), device=speech.device),
     )
 
 

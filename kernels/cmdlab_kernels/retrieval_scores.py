@@ -15,16 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PATHS = (
-    "reference",
-    "exact",
-    "cpu-int8",
-    "cpu-bf16",
-    "cpu-fp32",
-    "triton-int8",
-    "triton-fp16",
-    "triton-bf16",
-    "triton-fp32",
+PATHS = (  # each device's fastest first
+    *("cpu-int8", "cpu-bf16", "cpu-fp32"),
+    *("triton-int8", "triton-fp16", "triton-bf16", "triton-fp32"),
+    *("exact", "reference"),
 )
 PAIRS_AT_ONCE = 65536
 PAIRS_IN_CACHE = 256
@@ -97,20 +91,29 @@ def tiles(n: int, m: int, height: int = TILE, width: int = TILE) -> Iterator[Til
 
 @dataclass
 class Counts:
-    """Counts of both directions, int64, and the name of the arithmetic that made them."""
+    """Counts of both directions, and the arithmetic that each caption took, int64."""
 
     speech_greater: Tensor  # [N]
     speech_equal: Tensor  # [N]
     image_greater: Tensor  # [M]
     image_equal: Tensor  # [M]
-    path: str
+    arithmetic: Tensor  # [N], index in PATHS
 
     @classmethod
     def zeros(cls, speech: Tensor, image: Tensor, path: str) -> Counts:
         def zeros(rows: Tensor) -> Tensor:
             return torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
 
-        return cls(zeros(speech), zeros(speech), zeros(image), zeros(image), path)
+        arithmetic = zeros(speech) + PATHS.index(path)
+        return cls(zeros(speech), zeros(speech), zeros(image), zeros(image), arithmetic)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The counts and the arithmetic, in the order of the fields."""
+        speech, image = (
+            (self.speech_greater, self.speech_equal),
+            (self.image_greater, self.image_equal),
+        )
+        return *speech, *image, self.arithmetic
 
     def add_tile(
         self,
@@ -130,13 +133,13 @@ class Counts:
         self.image_greater[columns] += (scores > by_column).sum(0)
         self.image_equal[columns] += (scores == by_column).sum(0)
 
-    def add_rows(self, rows: Tensor, part: Counts) -> None:
-        """Add what was counted for the captions `rows` [n], and take its path."""
-        self.path = part.path
+    def add_part(self, part: Counts, rows: Tensor, columns: slice = slice(None)) -> None:
+        """Add what was counted for the captions `rows` [n] and the images `columns`."""
+        self.arithmetic[rows] = part.arithmetic
         self.speech_greater[rows] += part.speech_greater
         self.speech_equal[rows] += part.speech_equal
-        self.image_greater += part.image_greater
-        self.image_equal += part.image_equal
+        self.image_greater[columns] += part.image_greater
+        self.image_equal[columns] += part.image_equal
 
 
 def count_exact(

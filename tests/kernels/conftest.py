@@ -1,7 +1,9 @@
-"""Where Triton kernels run in a test: on a GPU, or in Triton's interpreter in a process of its own.
+"""On what the kernels run in a test: each kind of processor, a GPU, or Triton's interpreter.
 
-Triton reads TRITON_INTERPRET when it is imported, so the interpreted tests need their own process:
-each file of them holds a test that runs the file again with that variable set.
+Every processor multiplies int8 and bfloat16 matrices rightly, if slowly, so a test of the CPU path
+runs as on each kind of them, whatever the one it is on. Triton reads TRITON_INTERPRET when it is
+imported, so the interpreted tests need their own process: each file of them holds a test that runs
+the file again with that variable set.
 """
 
 import os
@@ -11,7 +13,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from cmdlab_kernels import retrieval_ranks_cpu, retrieval_ranks_small
 
+PROCESSORS = {  # which types they multiply fast, and up to how many pairs one product serves
+    "int8": ((torch.float32, torch.bfloat16, torch.int8), 0),
+    "bf16": ((torch.float32, torch.bfloat16), 0),
+    "fp32": ((torch.float32,), 0),
+    "few pairs": ((torch.float32,), 2**20),
+}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -30,6 +39,24 @@ def accept_runtime_loop_bounds() -> None:
 
 if INTERPRETED:
     accept_runtime_loop_bounds()
+
+
+def pytest_generate_tests(metafunc):
+    names = metafunc.fixturenames
+    if "processor" in names and "triton_device" not in names and "run_interpreted" not in names:
+        metafunc.parametrize("processor", PROCESSORS, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def processor(request) -> Iterator[str | None]:
+    """Let the CPU path of retrieval ranks do as on one kind of processor."""
+    kind = getattr(request, "param", None)  # none for a test of the Triton path
+    with pytest.MonkeyPatch.context() as patch:
+        if kind is not None:
+            dtypes, pairs = PROCESSORS[kind]
+            patch.setattr(retrieval_ranks_cpu, "fast_dtypes", lambda: dtypes)
+            patch.setattr(retrieval_ranks_small, "PAIRS", pairs)
+        yield kind
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def bench(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_a_quick_run_writes_every_figure(bench, tmp_path, capsys):
+def test_a_quick_run_writes_every_figure(processor, bench, tmp_path, capsys):
     output = tmp_path / "made" / "cpu.csv"
     assert bench.run_benchmarks("cpu", quick=True, operations=["retrieval_ranks"], output=output)
     with output.open(newline="") as file:
@@ -32,7 +33,10 @@ def test_a_quick_run_writes_every_figure(bench, tmp_path, capsys):
     assert tuple(rows[0]) == bench.COLUMNS
     reached = {row["provider"]: float(row["p50"]) for row in rows if row["operation"] == "ceiling"}
     assert set(reached) == {"float32", "bfloat16", "int8", "copy"}
-    timed = {row["provider"]: row for row in rows if row["operation"] == "retrieval_ranks"}
+    modes = ("both directions", "one direction", "both directions, narrow scores")
+    assert {row["mode"] for row in rows if row["operation"] == "retrieval_ranks"} == {*modes}
+    timed = {row["provider"]: row for row in rows if row["mode"] in modes[:2]}
+    assert ("cmdlab_kernels, fp32 only" in timed) == (processor in ("int8", "bf16"))
     assert {"cmdlab_kernels", "bare fp32 product", "torch matmul + argsort"} <= set(timed)
     for row in timed.values():
         assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
@@ -42,8 +46,19 @@ def test_a_quick_run_writes_every_figure(bench, tmp_path, capsys):
         assert float(row["fraction_of_floor"]) == pytest.approx(floor / float(row["p50"]))
         assert row["torch"] == torch.__version__
         assert row["git_sha"] or not (ROOT / ".git").exists()
+    shares = {row["mode"]: row["precisions"] for row in rows if row["provider"] == "cmdlab_kernels"}
+    assert all(re.fullmatch(r"(cpu-\w+ [\d.]+ %(, |$))+", text) for text in shares.values())
     printed = capsys.readouterr().out
     assert all(provider in printed for provider in timed)
+
+
+def test_the_default_file_tells_the_kind_of_processor(bench, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "ceilings", lambda device, quick: {"copy": 1.0})
+    monkeypatch.setattr(bench, "OPERATIONS", ())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert bench.run_benchmarks("cpu")
+    assert (tmp_path / "reports" / "kernels" / "cpu-avx2.csv").exists()
 
 
 @pytest.mark.parametrize("field", ["speech_equal", "image_greater"])

@@ -36,24 +36,32 @@ def errors(found, truth):
     return [float((f.double() - t).abs().max() / (1 + t.abs().max())) for f, t in pairs]
 
 
-def test_two_pairs_by_hand():
+ON_CPU = pytest.mark.parametrize("impl", ["reference", "cpu", "auto"])
+
+
+@ON_CPU
+@pytest.mark.parametrize("number", [torch.tensor, float])
+def test_two_pairs_by_hand(impl, number):
     speech = torch.eye(2)
     image = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # S = [[1, .6], [0, .8]]
-    scale = torch.tensor(2.0)
+    scale = number(2.0)
     rows = [math.log1p(math.exp(2 * (0.6 - 1))), math.log1p(math.exp(2 * (0 - 0.8)))]
     columns = [math.log1p(math.exp(2 * (0 - 1))), math.log1p(math.exp(2 * (0.6 - 0.8)))]
-    loss = info_nce(speech, image, torch.tensor([5, 9]), scale)
+    loss = info_nce(speech, image, torch.tensor([5, 9]), scale, impl=impl)
     assert loss.item() == pytest.approx(sum(rows + columns) / 4, rel=1e-6)
 
 
-def test_captions_of_one_image_are_not_negatives():
+@ON_CPU
+def test_captions_of_one_image_are_not_negatives(impl):
     speech, image, _ = pairs(6, 4)
-    assert info_nce(speech, image, torch.zeros(6, dtype=torch.int64), torch.tensor(30.0)) == 0
+    loss = info_nce(speech, image, torch.zeros(6, dtype=torch.int64), 30.0, impl=impl)
+    assert loss.item() == pytest.approx(0, abs=1e-14)
 
 
+@ON_CPU
 @settings(max_examples=25, deadline=None)
 @given(n=st.integers(1, 12), ids=st.integers(1, 12), seed=st.integers(0, 99))
-def test_equals_the_sum_written_out_in_any_order_and_direction(n, ids, seed):
+def test_equals_the_sum_written_out_in_any_order_and_direction(impl, n, ids, seed):
     speech, image, image_id = pairs(n, 5, ids=ids, seed=seed)
     score = (7.0 * speech @ image.T).tolist()
     total = 0.0
@@ -63,22 +71,70 @@ def test_equals_the_sum_written_out_in_any_order_and_direction(n, ids, seed):
         total += math.log(sum(math.exp(score[j][i] - score[i][i]) for j in allowed)) / 2
     scale = torch.tensor(7.0, dtype=torch.float64)
     order = torch.randperm(n)
-    assert info_nce(speech, image, image_id, scale).item() == pytest.approx(total / n, abs=1e-12)
-    swapped = info_nce(image[order], speech[order], image_id[order], scale)
+    loss = info_nce(speech, image, image_id, scale, impl=impl)
+    assert loss.item() == pytest.approx(total / n, abs=1e-12)
+    swapped = info_nce(image[order], speech[order], image_id[order], scale, impl=impl)
     assert swapped.item() == pytest.approx(total / n, abs=1e-12)
 
 
-def test_gradients():
-    speech, image, image_id = pairs(7, 3, ids=4)
+@ON_CPU
+@pytest.mark.parametrize("ids", [4, None])
+def test_gradients(impl, ids):
+    speech, image, image_id = pairs(7, 3, ids=ids)
     scale = torch.tensor(9.0, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (speech, image, scale)]
-    assert torch.autograd.gradcheck(lambda s, v, c: info_nce(s, v, image_id, c), leaves)
+    run = partial(info_nce, impl=impl)
+    assert torch.autograd.gradcheck(lambda s, v, c: run(s, v, image_id, c), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.5, 14.0, 100.0])
+@pytest.mark.parametrize(("n", "d", "ids"), [(1, 3, None), (65, 33, 40), (257, 128, None)])
+def test_cpu_is_as_exact_as_the_reference(n, d, ids, scale, dtype):
+    speech, image, image_id = pairs(n, d, ids=ids, dtype=dtype)
+    run = partial(loss_and_gradients, speech, image, image_id, scale)
+    truth = run(torch.float64, "reference")
+    reference_errors = errors(run(dtype, "reference"), truth)
+    for ours, its in zip(errors(run(dtype, "cpu"), truth), reference_errors, strict=True):
+        assert ours <= its + TOLERANCE[dtype] / 10
+
+
+@pytest.mark.parametrize("scale", [40.0, 100.0, 1000.0])
+def test_cpu_where_one_shift_does_not_serve_all_rows(scale):
+    """A third of the rows far below the rest, and some longer than one."""
+    speech, image, image_id = pairs(90, 9, dtype=torch.float32)
+    axis = torch.eye(9)[0]
+    speech[::3] = F.normalize(0.3 * speech[::3] + axis, dim=-1)
+    image = F.normalize(0.3 * image - axis, dim=-1)
+    image[:5] *= 3
+    run = partial(loss_and_gradients, speech, image, image_id, scale)
+    truth = run(torch.float64, "reference")
+    for ours, its in zip(
+        errors(run(torch.float32, "cpu"), truth),
+        errors(run(torch.float32, "reference"), truth),
+        strict=True,
+    ):
+        assert ours <= 2 * its + 1e-6
+
+
+def test_cpu_operator_registration():
+    speech, image, image_id = pairs(20, 5, ids=12, dtype=torch.float32)
+    scale = torch.tensor(8.0)
+    operators = torch.ops.cmdlab_kernels
+    leaves = [x.requires_grad_() for x in (speech, image)]
+    torch.library.opcheck(
+        operators.info_nce_cpu_fwd, (*leaves, image_id, scale.clone().requires_grad_())
+    )
+    with torch.no_grad():
+        _, *kept = operators.info_nce_cpu_fwd(speech, image, image_id, scale)
+        arguments = (torch.tensor(1.0), speech, image, scale, *kept)
+        torch.library.opcheck(operators.info_nce_cpu_bwd, arguments)
 
 
 def test_compiles_whole():
     speech, image, image_id = pairs(9, 4, ids=5)
     compiled = torch.compile(info_nce, backend="aot_eager", fullgraph=True)
-    for impl in ("auto", "reference"):
+    for impl in ("auto", "reference", "cpu"):
         loss = compiled(speech, image, image_id, torch.tensor(5.0), impl=impl)
         torch.testing.assert_close(loss, info_nce(speech, image, image_id, torch.tensor(5.0)))
 
@@ -92,6 +148,7 @@ def test_compiles_whole():
         ({"image_id": torch.zeros(3, dtype=torch.int64)}, r"int64 \[4\]"),
         ({"image_id": torch.zeros(4)}, r"int64 \[4\]"),
         ({"scale": torch.ones(1)}, "0-d float"),
+        ({"scale": [1.0]}, "0-d float"),
         ({"scale": torch.tensor(1.0, device="meta")}, "one device"),
     ],
 )

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cmdlab_kernels import retrieval_ranks_cpu
+from cmdlab_kernels import retrieval_ranks_cpu, retrieval_ranks_small
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter's speed means nothing"
-)
+pytestmark = [
+    pytest.mark.usefixtures("processor"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter's speed means nothing"
+    ),
+]
 
 
 @pytest.fixture
@@ -47,17 +50,32 @@ def test_the_gate_is_red_for_a_wrong_peer(ranks, monkeypatch, name, direction):
         ranks._check("cpu")
 
 
-def test_a_wrong_int8_count_gets_no_speed(ranks, monkeypatch):
+def test_a_wrong_count_of_the_fastest_product_gets_no_speed(ranks, monkeypatch):
     fastest = retrieval_ranks_cpu.precisions(768)[0]
     count = retrieval_ranks_cpu._count
 
     def wrong(precision, *arguments):
-        counts = count(precision, *arguments)
-        if precision == fastest and counts is not None:
+        counts, handed_on = count(precision, *arguments)
+        if precision == fastest:
             counts.image_greater[3] += 1
-        return counts
+        return counts, handed_on
 
     monkeypatch.setattr(retrieval_ranks_cpu, "_count", wrong)
+    with pytest.raises(ranks.WrongResult, match=r"cmdlab_kernels(, in tiles)? differs"):
+        ranks._check("cpu")
+
+
+def test_a_wrong_count_of_few_pairs_gets_no_speed(ranks, monkeypatch):
+    count = retrieval_ranks_small.count_small
+
+    def wrong(*arguments):
+        counts = count(*arguments)
+        if counts is not None:
+            counts.speech_equal[3] += 1
+        return counts
+
+    monkeypatch.setattr(retrieval_ranks_small, "PAIRS", 2**20)
+    monkeypatch.setattr(retrieval_ranks_small, "count_small", wrong)
     with pytest.raises(ranks.WrongResult, match="cmdlab_kernels differs"):
         ranks._check("cpu")
 

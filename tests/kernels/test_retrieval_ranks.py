@@ -7,6 +7,8 @@ from cmdlab_kernels import retrieval_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.usefixtures("processor")
+
 FIELDS = ("speech_greater", "speech_equal", "image_greater", "image_equal")
 ON_CPU = ("reference", "cpu", "auto")
 
@@ -171,12 +173,9 @@ def small():
 def test_registration():
     speech, image = small()
     owner, image_id = torch.arange(12) % 4, torch.arange(4)
-    thresholds = torch.ops.cmdlab_kernels.retrieval_thresholds
-    inputs = speech, image, owner, image_id
-    torch.library.opcheck(thresholds, (*inputs, "cpu", True))
     for impl in ("reference", "cpu"):
-        counts = torch.ops.cmdlab_kernels.retrieval_counts
-        torch.library.opcheck(counts, (*inputs, *thresholds(*inputs, impl, True), impl))
+        inputs = speech, image, owner, image_id, impl
+        torch.library.opcheck(torch.ops.cmdlab_kernels.retrieval_ranks, inputs)
 
 
 def test_under_torch_compile():

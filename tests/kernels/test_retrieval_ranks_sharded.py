@@ -7,6 +7,8 @@ import torch
 from cmdlab_kernels import retrieval_ranks
 from torch import distributed, multiprocessing
 
+pytestmark = pytest.mark.usefixtures("processor")
+
 FIELDS = ("speech_greater", "speech_equal", "image_greater", "image_equal")
 
 

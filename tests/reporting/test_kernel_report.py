@@ -77,6 +77,14 @@ def test_a_bare_product_is_shown_but_is_no_peer(tmp_path):
     assert ratios == ["0.20", "1.00", "2.50"]
 
 
+def test_the_precisions_that_captions_took_stand_where_the_file_has_them(tmp_path):
+    lines = [one | {"precisions": ""} for one in ceilings() + ranks()]
+    lines[4]["precisions"] = "cpu-int8 80 %, cpu-fp32 20 %"
+    page = draw(tmp_path, lines)
+    kinds = [row.select("td")[2].text for row in page.select("#d0-retrieval_ranks-table tbody tr")]
+    assert kinds == ["float32", "cpu-int8 80 %, cpu-fp32 20 %", "float32"]
+
+
 def test_each_machine_has_its_own_section(tmp_path):
     files = [
         write(tmp_path / "cpu.csv", ceilings() + ranks()),
