@@ -386,7 +386,7 @@ def _parser() -> ArgumentParser:
         type=Path,
         default=None,
         metavar="FILE.csv",
-        help="default: reports/kernels/ and the GPU's name or the processor's kind; none with --quick",
+        help="default: reports/kernels/ and the GPU's or processor's kind; none with --quick",
     )
 
     _command(

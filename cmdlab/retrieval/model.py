@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmdlab.errors import InputError
 from cmdlab.outputs import write_file
@@ -97,7 +96,6 @@ class SpeechHead(nn.Module):
         )  # [all tokens, 3 width]: query, key, value
         begin = lengths.cumsum(0) - lengths
         on_cpu = tokens.device.type == "cpu"
-        backend = [SDPBackend.MATH] if on_cpu else list(SDPBackend.__members__.values())
         rows, parts = [], []
         for group in lengths.argsort(stable=True).split(GROUP if on_cpu else len(lengths)):
             longest = int(lengths[group[-1]])
@@ -107,10 +105,12 @@ class SpeechHead(nn.Module):
             padded = projected.index_select(0, row.flatten())
             padded = padded.view(len(group), longest, 3, attention.num_heads, -1)
             query, key, value = padded.permute(2, 0, 3, 1, 4)  # [group, heads, longest, head width]
-            with sdpa_kernel(backend):
-                mixed = nn.functional.scaled_dot_product_attention(
-                    query, key, value, attn_mask=valid[:, None, None]
-                )
+            kept = valid[:, None, None]
+            if on_cpu:
+                scores = (query * query.shape[-1] ** -0.5) @ key.mT
+                mixed = scores.masked_fill_(~kept, -torch.inf).softmax(-1) @ value
+            else:
+                mixed = nn.functional.scaled_dot_product_attention(query, key, value, kept)
             rows.append(row[valid])
             parts.append(mixed.transpose(1, 2).flatten(2)[valid])
         attended = torch.cat(parts).index_select(0, torch.cat(rows).argsort())

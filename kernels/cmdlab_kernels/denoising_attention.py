@@ -130,10 +130,8 @@ def cross_attention(
     check_dtype("query, tokens and projections", query, tokens, *projections)
     check_attention(query, item, tokens, lengths, projections, heads)
     with torch.autocast(query.device.type, enabled=False):
-        valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, K]
-        tokens = tokens.where(valid[..., None], 0)
         q = F.linear(query, projections.query)  # [P, W]
-        key_value = F.linear(tokens, projections.key_value)  # [B, K, 2W]
+        key_value = project_valid(tokens, lengths, projections.key_value)  # [B, K, 2W]
         if use_triton(impl, q, q.shape[1] // heads):
             from cmdlab_kernels.ragged_attention_triton import ragged_attention_fwd
 
@@ -189,6 +187,17 @@ def restoration_loss(
         else:
             losses = (r - t).square().sum(-1) / t.square().sum(-1).clamp(min=EPSILON)
     return losses.sum() / max(losses.shape[0], 1)
+
+
+def project_valid(tokens: Tensor, lengths: Tensor, weight: Tensor) -> Tensor:
+    """Return tokens [B, K, E] times weight [2W, E], zero where there is padding."""
+    valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, K]
+    if not readable(tokens):
+        return F.linear(tokens.where(valid[..., None], 0), weight)
+    place = valid.flatten().nonzero()[:, 0]  # padding, often half of a batch, is not multiplied
+    projected = F.linear(tokens.flatten(0, 1).index_select(0, place), weight)
+    key_value = projected.new_zeros(valid.numel(), len(weight))
+    return key_value.index_copy(0, place, projected).unflatten(0, valid.shape)
 
 
 def reference_attention(
