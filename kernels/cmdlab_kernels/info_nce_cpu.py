@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 LARGEST = 60.0  # of a shifted score: e^60 summed over 2^40 terms is finite in float32
-TRUSTED = 2.0**-80  # of a sum: a smaller one may have lost terms to underflow
+TRUSTED = 2.0**-80  # of a pair's own term: beside a smaller one, terms may be lost to underflow
 
 
 @torch.library.custom_op("cmdlab_kernels::info_nce_cpu_fwd", mutates_args=())
@@ -23,22 +23,22 @@ def info_nce_cpu_fwd(
     speech, image = scaled(speech, scale), wide(image)
     with torch.autocast(speech.device.type, enabled=False):
         scores = speech @ image.T
-        positive = scores.diagonal().clone()
         masked = repeats(image_id)
         if masked is not None:
             scores.masked_fill_(masked, -torch.inf)
         # No score is larger than the product of the longest rows' norms.
         shift = float(longest(speech) * longest(image)) - LARGEST
         terms = (scores - shift).exp_() if shift > 0 else scores.exp()
-        row_sum, column_sum = terms.sum(1), terms.sum(0)
-        if float(torch.minimum(row_sum, column_sum).min()) >= TRUSTED:  # not so for NaN
-            normaliser = (row_sum.log() + column_sum.log()) / 2 + max(shift, 0.0)
+        row_sum, column_sum, own = terms.sum(1), terms.sum(0), terms.diagonal()
+        if float(own.min()) >= TRUSTED:  # and so are the sums, of which it is a part; not for NaN
+            # Less the logarithm of the own term as it was added: without negatives exactly 0.
+            losses = (row_sum.log() + column_sum.log()) / 2 - own.log()
         else:
             by_row, by_column = scores.logsumexp(1), scores.logsumexp(0)
-            normaliser = (by_row + by_column) / 2
+            losses = (by_row + by_column) / 2 - scores.diagonal()
             terms = (scores - by_row[:, None]).exp_() + (scores - by_column).exp_()
             row_sum, column_sum = torch.full_like(by_row, 2.0), torch.full_like(by_row, 2.0)
-        return (normaliser - positive).mean(), terms, row_sum, column_sum
+        return losses.mean(), terms, row_sum, column_sum
 
 
 @torch.library.custom_op("cmdlab_kernels::info_nce_cpu_bwd", mutates_args=())

@@ -259,7 +259,7 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path, tiny, monkeypa
         sizes = {"train": shards - 1, "val": 1, "test": 0}
         monkeypatch.setitem(PRESETS, tiny, Preset(sizes, shard=1))
         tracemalloc.start()
-        make_corpus(tmp_path / f"{len(peaks)}", preset=tiny, workers=1)
+        make_corpus(tmp_path / f"{len(peaks)}", preset=tiny, workers=2)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     metadata = sum(p.stat().st_size for p in (tmp_path / "2").rglob("*.json*"))
