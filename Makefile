@@ -4,13 +4,13 @@ BIN := .venv/bin
 
 .PHONY: study smoke test bench profile clean help
 
-study: .venv/installed ## the study: corpus, training, report (10 minutes on two cores)
+study: .venv/installed ## the study: corpus, training, report (README has its times)
 	$(BIN)/cmdlab study
 
 smoke: .venv/installed ## the same with everything shrunk (2 minutes)
 	$(BIN)/cmdlab study --smoke
 
-test: .venv/installed ## format, lint, types and all tests (10 minutes on two cores)
+test: .venv/installed ## format, lint, types and all tests (a quarter of an hour on two cores)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

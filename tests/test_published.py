@@ -39,6 +39,17 @@ def test_the_readme_tells_what_the_study_found():
     assert "(reports/study/summary.svg)" in README
 
 
+def test_the_readme_gives_the_times_of_its_records():
+    records = [json.loads(path.read_text()) for path in (REPORTS / "times").glob("*.json")]
+    assert records
+    for record in records:
+        machine = f"{record['provenance']['cores']} cores, {record['provenance']['cpu']}"
+        seconds = record["seconds"]
+        assert list(seconds) == ["corpus", "features", "training", "report"]
+        cells = " | ".join(f"{one:.0f} s" for one in [*seconds.values(), sum(seconds.values())])
+        assert f"| {machine} | {cells} |" in README
+
+
 def test_the_readme_leads_nowhere_that_is_not_there():
     targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
     local = [target for target in targets if "://" not in target]

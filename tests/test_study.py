@@ -1,5 +1,6 @@
 """The whole study where something in it fails: the report comes first, then the refusal."""
 
+import json
 from pathlib import Path
 
 import nbformat
@@ -8,6 +9,7 @@ import yaml
 
 from cmdlab import study
 from cmdlab.cli import main
+from cmdlab.sweeps.run import SweepSummary
 
 
 def write_notebook(path: Path, parameters: str, body: str) -> None:
@@ -44,3 +46,24 @@ def test_a_failure_is_one_line_and_no_success(
     assert line in printed.err.splitlines()[-1]
     assert printed.out == (f"{folder / 'report-smoke.html'}\n" if "drawn" in report else "")
     assert (folder / "ablation_report-smoke.ipynb").is_file()
+
+
+def test_a_study_made_without_a_break_leaves_its_times(tmp_path, monkeypatch, capsys):
+    def sweep(file, *, runs, smoke, overrides):
+        return SweepSummary("study", runs / "sweeps" / "study.json", done, resumed, 0)
+
+    monkeypatch.setattr(study, "make_corpus", lambda folder, preset: folder.mkdir(parents=True))
+    monkeypatch.setattr(study, "open_data", lambda corpus: None)
+    monkeypatch.setattr(study, "run_sweep", sweep)
+    monkeypatch.setattr(study, "run_notebook", lambda *_: None)
+    done, resumed = 6, 0
+    study.run_study(tmp_path / "whole")
+    times = json.loads((tmp_path / "whole" / "times.json").read_text())
+    assert list(times["seconds"]) == ["corpus", "features", "training", "report"]
+    assert times["provenance"]["cores"] >= 1
+    done, resumed = 2, 4
+    study.run_study(tmp_path / "resumed")
+    assert not (tmp_path / "resumed" / "times.json").exists()
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / name / "report.html") for name in ("whole", "resumed")
+    ]
