@@ -27,7 +27,8 @@ freedom of Satterthwaite (1946, Biometrics Bulletin 2, 110-114),
 which for many images are those that Hillis (2007, Statistics in Medicine 26, 596-619) derives and
 finds best. Seeds that differ much give about S - 1, seeds that agree many more. With one seed V is
 the bootstrap variance of its result: the interval then speaks of that one trained model.
-`tests/test_statistics.py` draws data from the model and counts how often the intervals hold.
+`tests/evaluation/test_statistics.py` draws data from the model and counts how often the intervals
+hold.
 """
 
 from collections.abc import Sequence
