@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 
 from cmdlab.corpora import COLOURS, SHAPES, GroundTruth, TimedWord
-from cmdlab.encoders import (
-    IMAGE,
-    IMAGE_GRID,
-    TOKENS_PER_SECOND,
-    Features,
-    tiny_encoder,
-)
+from cmdlab.encoders import IMAGE, IMAGE_GRID, TOKENS_PER_SECOND, Features, tiny_encoder
 from cmdlab.retrieval import RetrievalModel
 
 PATCH = 64 / IMAGE_GRID  # pixels

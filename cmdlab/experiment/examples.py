@@ -39,7 +39,6 @@ def write_examples(data: Data, model: RetrievalModel, run_folder: Path) -> None:
     shown = [*chosen.tolist(), *map(int, worst)]
     speech = embed_speech(model, data.test.speech, shown, "cpu")
     image = embed_images(model, data.test.image, range(len(data.test.image)), "cpu")
-    model.eval()
     queries = [
         _query(
             *(data, model, run_folder, "random" if i < len(chosen) else "failure"),

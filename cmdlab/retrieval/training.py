@@ -189,12 +189,13 @@ def embed_speech(
     batch_size: int = 250,
 ) -> Tensor:
     """Embeddings of some captions [n, D], float32 on the CPU."""
+    was_training = model.training
     model.eval()
     parts = []
     for first in range(0, len(captions), batch_size):
         states, lengths = speech.tokens(captions[first : first + batch_size])
         parts.append(model.speech_head(states.to(device), lengths.to(device))[1].cpu())
-    model.train()
+    model.train(was_training)
     return torch.cat(parts)
 
 
@@ -207,6 +208,7 @@ def embed_images(
     batch_size: int = 250,
 ) -> Tensor:
     """Embeddings of some images [m, D], float32 on the CPU."""
+    was_training = model.training
     model.eval()
     parts = []
     for first in range(0, len(images), batch_size):
@@ -214,7 +216,7 @@ def embed_images(
         patches = image.patches(rows).to(device)
         frozen = image.embeddings[torch.as_tensor(rows)].to(device)
         parts.append(model.image_head(patches, frozen)[1].cpu())
-    model.train()
+    model.train(was_training)
     return torch.cat(parts)
 
 

@@ -54,7 +54,7 @@ def test_what_stands_beyond_a_length_has_no_part(model, states, training, poison
 
 
 def test_without_gradients_the_same_comes_out(model, states):
-    """torch takes another path there, and it must not see the padding either."""
+    """A trained model is used in evaluation and inference mode."""
     model.eval()
     expected = model.speech_head(states, LENGTHS)[1]
     with torch.inference_mode():
