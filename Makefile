@@ -10,13 +10,13 @@ study: .venv/installed ## the study: corpus, training, report (README has its ti
 smoke: .venv/installed ## the same with everything shrunk (2 minutes)
 	$(BIN)/cmdlab study --smoke
 
-test: .venv/installed ## format, lint, types and all tests (a quarter of an hour on two cores)
+test: .venv/tested ## format, lint, types and all tests (a quarter of an hour on two cores)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadgroup
 
-bench: .venv/installed ## the kernels against their peers, on the GPU where there is one
+bench: .venv/tested ## the kernels against their peers, on the GPU where there is one
 	$(BIN)/cmdlab bench
 	$(BIN)/cmdlab report reports/kernels/*.csv -o reports/kernels.html
 
@@ -28,6 +28,10 @@ profile: .venv/installed ## where the study's time goes on this machine (a minut
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv/tested: .venv/installed requirements-test.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock -r requirements-test.lock
 	touch $@
 
 help: ## this list

@@ -108,6 +108,7 @@ def _corpus_check(chosen: Namespace) -> None:
 
 
 def _train(chosen: Namespace) -> None:
+    from cmdlab.encoders import Encoder
     from cmdlab.experiment import run_experiment
 
     parameters: dict[str, Any] = {}
@@ -122,6 +123,11 @@ def _train(chosen: Namespace) -> None:
     result = run_experiment(
         chosen.corpus,
         chosen.output,
+        speech_encoder=Encoder(
+            chosen.speech_encoder, chosen.speech_weights, tuple(chosen.speech_layers)
+        ),
+        image_encoder=Encoder(chosen.image_encoder, chosen.image_weights),
+        online=chosen.online,
         device=chosen.device,
         skip_bad=chosen.skip_bad,
         **parameters,
@@ -293,6 +299,30 @@ def _parser() -> ArgumentParser:
     )
     train.add_argument("--corpus", type=Path, required=True, metavar="DIR")
     train.add_argument("--output", type=Path, required=True, metavar="DIR")
+    for kind, name in (("speech", "hubert-large"), ("image", "clip-vit-l-14")):
+        train.add_argument(
+            f"--{kind}-encoder",
+            default=f"tiny-{kind}",
+            metavar="NAME",
+            help=f"the frozen {kind} encoder, e.g. {name}; default: %(default)s",
+        )
+        train.add_argument(
+            f"--{kind}-weights",
+            default="",
+            metavar="PATH",
+            help="a file or folder of its weights; default: those that its library downloads",
+        )
+    train.add_argument(
+        "--speech-layers",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="N",
+        help="the states of the speech encoder that are kept, from 0; default: all",
+    )
+    train.add_argument(
+        "--online", action="store_true", help="encode speech at each step, and store none of it"
+    )
     train.add_argument("--device", default="auto", help="default: a GPU where there is one")
     train.add_argument(
         "--skip-bad",

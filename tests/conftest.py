@@ -12,7 +12,7 @@ import torch
 
 from cmdlab.corpora.corpus import Caption, Corpus, Image
 from cmdlab.corpora.spoken_scenes import make_corpus
-from cmdlab.encoders.store import Features, FeatureStore
+from cmdlab.encoders import IMAGE, SPEECH, Encoder, Features, FeatureStore
 from cmdlab.experiment.run import Data, open_data
 
 
@@ -76,19 +76,21 @@ def toy_features(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Feat
         )
         return Features(
             corpus,
-            _store(folder / "speech", speech, np.zeros((len(owner), 0), np.float32)),
-            _store(folder / "image", pictures, embeddings),
+            _store(folder / "speech", SPEECH, speech, np.zeros((len(owner), 0), np.float32)),
+            _store(folder / "image", IMAGE, pictures, embeddings),
             torch.from_numpy(owner),
         )
 
     return make
 
 
-def _store(folder: Path, tokens: list[np.ndarray], embeddings: np.ndarray) -> FeatureStore:
+def _store(
+    folder: Path, encoder: Encoder, tokens: list[np.ndarray], embeddings: np.ndarray
+) -> FeatureStore:
     """A feature store of one chunk."""
     chunk = folder / "00000"
     chunk.mkdir(parents=True)
     np.save(chunk / "tokens.npy", np.concatenate(tokens))
     np.save(chunk / "lengths.npy", np.array([len(one) for one in tokens], np.int64))
     np.save(chunk / "embeddings.npy", embeddings)
-    return FeatureStore(folder, 1)
+    return FeatureStore(folder, 1, encoder, len(tokens))

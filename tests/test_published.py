@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from bs4 import BeautifulSoup
 
-from cmdlab.encoders.encoding import WEIGHTS
+from cmdlab.encoders.tiny import WEIGHTS
 from cmdlab.reporting import write_kernel_report, write_report
 from cmdlab.sweeps.files import read_sweep
 

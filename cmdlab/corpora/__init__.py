@@ -13,7 +13,7 @@ from cmdlab.corpora.ground_truth import (
 )
 from cmdlab.corpora.images import read_image
 from cmdlab.corpora.loading import load_corpus, read_identity
-from cmdlab.corpora.rendering import render
+from cmdlab.corpora.rendering import IMAGE_SIZE, render
 from cmdlab.corpora.scenes import COLOURS, SHAPES, sample_captions, sample_scene, vocabulary
 from cmdlab.corpora.speaking import PRETRAINING_VOICES, Utterance, speak
 from cmdlab.corpora.spoken_scenes import make_corpus
@@ -22,6 +22,7 @@ from cmdlab.corpora.workers import worker_pool
 
 __all__ = [
     "COLOURS",
+    "IMAGE_SIZE",
     "PRETRAINING_VOICES",
     "SAMPLE_RATE",
     "SHAPES",

@@ -1,30 +1,33 @@
 """What frozen networks see: encoders by name, and the stores of their features."""
 
+from cmdlab.encoders.encoder import Description, Hearing
 from cmdlab.encoders.encoding import (
     IMAGE,
     SPEECH,
     TEXT,
-    Hearing,
+    Encoder,
     encode,
     encoders_for,
     fingerprint,
-    tiny_encoder,
+    weights_of,
 )
-from cmdlab.encoders.store import Features, FeatureStore, open_stores
-from cmdlab.encoders.tiny import IMAGE_GRID, TOKENS_PER_SECOND
+from cmdlab.encoders.features import Features
+from cmdlab.encoders.online import OnlineSpeech
+from cmdlab.encoders.store import FeatureStore, open_stores
 
 __all__ = [
     "IMAGE",
-    "IMAGE_GRID",
     "SPEECH",
     "TEXT",
-    "TOKENS_PER_SECOND",
+    "Description",
+    "Encoder",
     "FeatureStore",
     "Features",
     "Hearing",
+    "OnlineSpeech",
     "encode",
     "encoders_for",
     "fingerprint",
     "open_stores",
-    "tiny_encoder",
+    "weights_of",
 ]

@@ -4,9 +4,20 @@ They stand where CLIP and HuBERT stand in the paper: trained beforehand, then fr
 trained is in `pretraining.py`; their weights and model card lie in `weights/`.
 """
 
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
+
+from cmdlab.encoders.encoder import Description
+from cmdlab.encoders.weight_files import read_weights
+from cmdlab.errors import InputError
+
+WEIGHTS = Path(__file__).parent / "weights"
+LICENCE = "Apache-2.0"
+PIXELS = 64  # on a side of a picture
 
 WIDTH = 128
 EMBEDDING = 256  # dimension of the space that image and text embeddings share
@@ -58,6 +69,11 @@ class TinyImageEncoder(nn.Module):
     shared space by itself (`project`), and the embedding says what the patches say together.
     """
 
+    description = Description(
+        *("tiny-image", "images", 1, WIDTH, EMBEDDING, "64 × 64 pixels", LICENCE),
+        grid=(IMAGE_GRID, IMAGE_GRID),
+    )
+
     def __init__(self, layers: int = 1) -> None:
         super().__init__()
         self.stem = nn.Sequential(
@@ -72,6 +88,10 @@ class TinyImageEncoder(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.importance = nn.Linear(WIDTH, 1)
         self.projection = nn.Linear(WIDTH, EMBEDDING)
+
+    def pixels(self, picture: np.ndarray) -> Tensor:
+        """What a picture, uint8 [64, 64, 3], is in a batch: itself."""
+        return torch.tensor(picture)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels: uint8 [batch, 64, 64, 3] → tokens [batch, 64, 128], embedding [batch, 256].
@@ -104,6 +124,10 @@ def _convolution(
 
 class TinyTextEncoder(nn.Module):
     """Words to an embedding in the image encoder's space: the other half of its training."""
+
+    description = Description(
+        "tiny-text", "text", 1, 1, EMBEDDING, "the words of SpokenScenes", LICENCE
+    )
 
     def __init__(self, words: tuple[str, ...], layers: int = 2, longest: int = 48) -> None:
         super().__init__()
@@ -144,6 +168,10 @@ class TinySpeechEncoder(nn.Module):
     (`spell`). Its output joins two neighbours, 12.5 tokens a second.
     """
 
+    description = Description(
+        *("tiny-speech", "speech", 4, WIDTH, 0, "speech at 16 kHz", LICENCE),
+        tokens_per_second=TOKENS_PER_SECOND,
+    )
     window: Tensor
     filters: Tensor
 
@@ -201,3 +229,25 @@ class TinySpeechEncoder(nn.Module):
             x = layer(x, padding)
             states.append(x)
         return states, lengths
+
+
+def open_tiny(name: str, weights: str) -> nn.Module:
+    """A tiny encoder by its name; `weights`: a file of others than those shipped here.
+
+    Raises InputError for a file that does not hold them.
+    """
+    file = Path(weights) if weights else WEIGHTS / f"{name}.safetensors"
+    tensors = read_weights(file).tensors
+    module: nn.Module
+    try:
+        if name == "tiny-text":
+            module = TinyTextEncoder(tuple(bytes(tensors.pop("words").tolist()).decode().split()))
+        else:
+            module = TinyImageEncoder() if name == "tiny-image" else TinySpeechEncoder()
+        module.load_state_dict({key: value.float() for key, value in tensors.items()})
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{file}: holds no weights of {name} ({reason}); train them by pretrain_encoders.ipynb"
+        ) from error
+    return module

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmdlab.corpora import COLOURS, SHAPES, GroundTruth, TimedWord
-from cmdlab.encoders import IMAGE, IMAGE_GRID, TOKENS_PER_SECOND, Features, tiny_encoder
+from cmdlab.corpora import COLOURS, IMAGE_SIZE, SHAPES, GroundTruth, TimedWord
+from cmdlab.encoders import Features
 from cmdlab.retrieval import RetrievalModel
 
-PATCH = 64 / IMAGE_GRID  # pixels
 BATCH = 250  # pairs
 TELLING = {word for table in (SHAPES, COLOURS) for words in table.values() for word in words}
 
@@ -26,14 +25,15 @@ class Aligned:
     """One caption and its image in the shared space, piece by piece."""
 
     frames: Tensor  # [tokens, D] of the speech
-    patches: Tensor  # [64, D], in row order, without what all of them share
+    patches: Tensor  # [P, D], in row order, without what all of them share
+    tokens_per_second: float  # of the frames
 
     def word_maps(self, words: list[TimedWord]) -> Tensor:
-        """How well each word fits each patch, float32 [words, 64]; higher is better."""
+        """How well each word fits each patch, float32 [words, P]; higher is better."""
         maps = []
         for word in words:
-            first = min(int(word.start * TOKENS_PER_SECOND), len(self.frames) - 1)
-            last = max(first + 1, min(round(word.end * TOKENS_PER_SECOND), len(self.frames)))
+            first = min(int(word.start * self.tokens_per_second), len(self.frames) - 1)
+            last = max(first + 1, min(round(word.end * self.tokens_per_second), len(self.frames)))
             maps.append(self.patches @ self.frames[first:last].mean(0))
         return torch.stack(maps)
 
@@ -42,7 +42,9 @@ class Aligned:
 def align(model: RetrievalModel, features: Features, captions: Sequence[int]) -> Iterator[Aligned]:
     """Each caption with its image."""
     head = model.image_head
-    project = head.projection if head.pools_patches else tiny_encoder(IMAGE).project
+    project = head.projection if head.pools_patches else features.image.encoder.open().project
+    rate = features.speech.description.tokens_per_second
+    assert rate is not None
     for first in range(0, len(captions), BATCH):
         batch = captions[first : first + BATCH]
         states, lengths = features.speech.tokens(batch)
@@ -52,7 +54,7 @@ def align(model: RetrievalModel, features: Features, captions: Sequence[int]) ->
         patches = patches - patches.mean(1, keepdim=True)
         frames = model.speech_head.projection(model.speech_head(states, lengths)[0])
         for i, length in enumerate(lengths.tolist()):
-            yield Aligned(frames[i, :length], patches[i])
+            yield Aligned(frames[i, :length], patches[i], rate)
 
 
 def pointing_game(
@@ -63,7 +65,7 @@ def pointing_game(
     A hit: the centre of the best patch lies in the object's box (Zhang et al. 2016). `chance` is
     the mean fraction of patches that would be one. Returns None where no word names any.
     """
-    centre = (np.arange(IMAGE_GRID) + 0.5) * PATCH
+    x, y = features.image.description.patch_centres(IMAGE_SIZE, IMAGE_SIZE)
     hits, chance = [], []
     for caption, aligned in zip(captions, align(model, features, captions), strict=True):
         boxes = truth.boxes[int(features.image_index[caption])]
@@ -74,7 +76,7 @@ def pointing_game(
         best = aligned.word_maps(words).argmax(1)
         for word, patch in zip(words, best.tolist(), strict=True):
             x0, y0, x1, y1 = boxes[word.object]
-            inside = ((y0 <= centre) & (centre < y1))[:, None] & ((x0 <= centre) & (centre < x1))
+            inside = ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
             hits.append(bool(inside.flat[patch]))
             chance.append(float(inside.mean()))
     if not hits:

@@ -14,7 +14,6 @@ import torch
 from PIL import Image as Picture
 
 from cmdlab.corpora import SAMPLE_RATE, read_audio, read_image
-from cmdlab.encoders import IMAGE_GRID
 from cmdlab.evaluation import RankTable
 from cmdlab.experiment.alignment import align
 from cmdlab.experiment.run import Data
@@ -91,7 +90,8 @@ def _query(
         words = data.truth.words[index]
         maps = next(align(model, data.test, [index])).word_maps(words)
         query["words"] = [{"word": w.word, "start": w.start, "end": w.end} for w in words]
-        query["maps"] = {"rows": IMAGE_GRID, "columns": IMAGE_GRID, "values": maps.tolist()}
+        rows, columns = data.test.image.description.grid or (0, 0)
+        query["maps"] = {"rows": rows, "columns": columns, "values": maps.tolist()}
     return query
 
 

@@ -8,6 +8,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ from cmdlab.corpora import (
 from cmdlab.encoders import (
     IMAGE,
     SPEECH,
-    TEXT,
+    Encoder,
     Features,
     FeatureStore,
     Hearing,
-    fingerprint,
+    OnlineSpeech,
     open_stores,
+    weights_of,
 )
 from cmdlab.errors import InputError, nearest
 from cmdlab.evaluation import Voices, rank_table, retrieval_metrics
@@ -51,6 +53,7 @@ from cmdlab.retrieval import (
 )
 
 POINTED_CAPTIONS = 500  # of the test split, for the pointing game
+LONGEST_HEARD = 102_400  # samples of a caption in training, where speech is encoded online
 
 
 @dataclass(frozen=True)
@@ -62,28 +65,33 @@ class Data:
     test: Features
     test_text: FeatureStore | None  # embeddings of the captions' text; generated corpora only
     truth: GroundTruth | None
-    foils: FeatureStore | None
+    foils: FeatureStore | OnlineSpeech | None
     caption_of_foil: list[int]
-    hearing: Hearing
 
 
 def open_data(
     corpus: Path,
     *,
+    speech_encoder: Encoder = SPEECH,
+    image_encoder: Encoder = IMAGE,
+    online: bool = False,
     features: Path | None = None,
     hearing: Hearing | None = None,
     workers: int | None = None,
+    device: str = "cpu",
     skip_bad: bool = False,
 ) -> Data:
-    """Load the three splits and encode what is not encoded yet.
+    """Load the three splits and encode what is not encoded yet, on the device.
 
-    features: the folder of the feature stores, by default `<corpus>.features` beside the corpus.
+    online: speech is not stored, but encoded whenever it is asked for; in training at most 6.4 s of
+    a caption are heard. features: the folder of the feature stores, by default `<corpus>.features`
+    beside the corpus. hearing: how speech is degraded; by default a generated corpus' is, and
+    people's is not.
     `skip_bad` leaves out entries that cannot be used, and tells which on standard error; it decodes
     every file to find them.
     Raises InputError for a corpus that cannot be read.
     """
     folder = features or Path(f"{os.path.abspath(corpus)}.features")
-    hearing = hearing or Hearing()
     load = load_usable if skip_bad else load_corpus
     corpora = [load(corpus, split) for split in SPLITS]
     for problem in dict.fromkeys(problem for split in corpora for problem in split.left_out):
@@ -92,23 +100,34 @@ def open_data(
     truth, foils = read_ground_truth(test), read_foils(test)
     if foils and skip_bad:
         foils = foils.keep(leave_out_unreadable(foils.corpus))
-    wanted = [(split, encoder) for split in corpora for encoder in (SPEECH, IMAGE)]
-    wanted += [(test, TEXT)] if truth else []
-    wanted += [(foils.corpus, SPEECH)] if foils else []
-    stores = iter(open_stores(wanted, folder, hearing=hearing, workers=workers))
-    training, validation, held_out = (
-        Features(split, next(stores), next(stores), _image_index(split)) for split in corpora
-    )
+    hearing = hearing or (Hearing() if truth else Hearing(snr_db=None, reverberation=False))
+    text_encoder = image_encoder.text if truth else None
+    spoken = [*corpora, *([foils.corpus] if foils else [])]
+    wanted = [(split, image_encoder) for split in corpora]
+    wanted += [(test, text_encoder)] if text_encoder else []
+    wanted += [] if online else [(split, speech_encoder) for split in spoken]
+    stores = open_stores(wanted, folder, hearing=hearing, workers=workers, device=device)
+    images, speech = stores[: len(corpora)], stores[len(wanted) - len(spoken) :]
+    heard: Sequence[FeatureStore | OnlineSpeech] = speech
+    if online:
+        crops = (LONGEST_HEARD, *[None] * (len(spoken) - 1))  # training alone
+        heard = [
+            OnlineSpeech(split, speech_encoder, hearing, device, crop=crop)
+            for split, crop in zip(spoken, crops, strict=True)
+        ]
     row = {caption.id: i for i, caption in enumerate(test.captions)}
+    training, validation, held_out = (
+        Features(split, speech_of, images_of, _image_index(split))
+        for split, speech_of, images_of in zip(corpora, heard[: len(corpora)], images, strict=True)
+    )
     return Data(
         training,
         validation,
         held_out,
-        next(stores) if truth else None,
+        stores[len(corpora)] if text_encoder else None,
         truth,
-        next(stores) if foils else None,
+        heard[-1] if foils else None,
         [row[caption] for caption in foils.of] if foils else [],
-        hearing,
     )
 
 
@@ -122,6 +141,9 @@ def run_experiment(
     corpus: Path,
     run_folder: Path,
     *,
+    speech_encoder: Encoder = SPEECH,
+    image_encoder: Encoder = IMAGE,
+    online: bool = False,
     features: Path | None = None,
     device: str = "auto",
     skip_bad: bool = False,
@@ -148,7 +170,15 @@ def run_experiment(
         raise InputError(f"{run_folder}: holds a finished run; choose another folder or remove it")
     run_folder.mkdir(parents=True, exist_ok=True)
     checkpoint = run_folder / "checkpoint.pt"
-    data = open_data(corpus, features=features, skip_bad=skip_bad)
+    data = open_data(
+        corpus,
+        speech_encoder=speech_encoder,
+        image_encoder=image_encoder,
+        online=online,
+        features=features,
+        device=device,
+        skip_bad=skip_bad,
+    )
     trained = train(training, data.train, data.validation, device=device, checkpoint=checkpoint)
     result = measure(data, trained, training, run_folder, device=device)
     checkpoint.unlink()
@@ -223,8 +253,8 @@ def measure(
             "captions": len(corpus.captions),
         },
         "encoders": {
-            "image": {"name": IMAGE, "sha256": fingerprint(IMAGE, data.hearing)["weights"]},
-            "speech": {"name": SPEECH, "sha256": fingerprint(SPEECH, data.hearing)["weights"]},
+            "image": _identity(data.test.image.encoder),
+            "speech": _identity(data.test.speech.encoder),
         },
         "determinism": {
             "seed": training.seed,
@@ -289,6 +319,10 @@ def inference_cost(model: RetrievalModel, features: Features) -> dict[str, float
         "inference_flops": counter.get_total_flops(),
         "inference_ms": 1e3 * statistics.median(seconds),
     }
+
+
+def _identity(encoder: Encoder) -> dict[str, str]:
+    return {"name": encoder.name, "sha256": weights_of(encoder)}
 
 
 def _pointed(data: Data) -> range:

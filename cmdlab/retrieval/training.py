@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cmdlab.encoders import Features, FeatureStore
+from cmdlab.encoders import Features, FeatureStore, OnlineSpeech
 from cmdlab.errors import InputError, check_seed, check_types
 from cmdlab.evaluation import RankTable, rank_table, retrieval_metrics
 from cmdlab.outputs import write_file
@@ -183,7 +183,7 @@ def embed(model: RetrievalModel, features: Features, device: str) -> tuple[Tenso
 @torch.inference_mode()
 def embed_speech(
     model: RetrievalModel,
-    speech: FeatureStore,
+    speech: FeatureStore | OnlineSpeech,
     captions: Sequence[int],
     device: str,
     batch_size: int = 250,

@@ -19,6 +19,7 @@ from cmdlab.encoders import (
     IMAGE,
     SPEECH,
     TEXT,
+    Encoder,
     Hearing,
     encode,
     encoders_for,
@@ -41,7 +42,7 @@ def corpus(smoke_corpus: Path) -> Corpus:
     return replace(whole, images=whole.images[:ITEMS], captions=whole.captions[:ITEMS])
 
 
-def open_store(corpus: Corpus, encoder: str, folder: Path, **options) -> FeatureStore:
+def open_store(corpus: Corpus, encoder: Encoder, folder: Path, **options) -> FeatureStore:
     (store,) = open_stores([(corpus, encoder)], folder, **options)
     return store
 
@@ -104,6 +105,47 @@ def test_speech_is_ragged_and_the_same_for_any_number_of_workers(corpus, tmp_pat
     parts = tokens.split(lengths.tolist(), 1)
     assert torch.equal(again, torch.cat([parts[3], parts[1]], 1))
     assert (tokens != 0).any(dim=(0, 2)).all()
+
+
+def test_what_is_read_ahead_for_a_device_is_encoded_alike(corpus, tmp_path):
+    """As for a GPU: other processes read, this one encodes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    open_store(corpus, SPEECH, tmp_path / "each", hearing=HEARING, workers=2)
+    open_store(corpus, SPEECH, tmp_path / "one", hearing=HEARING, workers=2, device="cpu:0")
+    torch.set_num_threads(threads)
+    each, one = content(tmp_path / "each"), content(tmp_path / "one")
+    assert each.keys() == one.keys()
+    for file in each:
+        ours, theirs = (np.load(folder / file) for folder in (tmp_path / "one", tmp_path / "each"))
+        assert np.allclose(ours, theirs, atol=2e-3)  # float16 of sums in another order
+
+
+def test_chosen_layers_are_a_store_of_their_own(corpus, tmp_path):
+    every = open_store(corpus, SPEECH, tmp_path, hearing=HEARING)
+    two = open_store(corpus, replace(SPEECH, layers=(3, 1)), tmp_path, hearing=HEARING)
+    assert two.name != every.name
+    assert two.description.layers == two.layers == 2
+    assert torch.equal(two.tokens([5])[0], every.tokens([5])[0][[3, 1]])
+    for encoder in (replace(SPEECH, layers=(4,)), replace(IMAGE, layers=(0,))):
+        with pytest.raises(InputError, match="speech encoders have some, this one 0 to "):
+            open_store(corpus, encoder, tmp_path, hearing=HEARING)
+
+
+def test_what_it_will_take_is_told_first_and_refused_without_room(
+    corpus, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(store, "MANY", 8)
+    features = open_store(corpus, IMAGE, tmp_path / "roomy", hearing=HEARING, workers=1)
+    size = sum(len(part) for part in content(tmp_path / "roomy").values())
+    told = capfd.readouterr().err.splitlines()[0]
+    assert told.startswith("features: 8 items, 0.1 MB, about 0.0 minutes")
+    assert 100_000 < size < 150_000  # what was told, and the headers of small files
+    assert len(features) == ITEMS
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 100_000))
+    with pytest.raises(InputError, match=r"need 0\.1 MB, and 0\.1 MB are free; keep fewer layers"):
+        open_store(corpus, IMAGE, tmp_path / "full", hearing=HEARING, workers=1)
+    assert content(tmp_path / "full") == {}
 
 
 def test_several_stores_are_opened_in_the_order_asked_for(corpus, built, tmp_path):
@@ -248,41 +290,33 @@ def test_hearing_decides_what_is_heard(corpus):
 
 
 def test_what_cannot_be_encoded_is_refused(corpus, tmp_path):
-    with pytest.raises(InputError, match="no encoder 'clip'; there are tiny-image"):
-        encode("clip", corpus.images, HEARING)
+    with pytest.raises(
+        InputError, match=r"'clip-vit-b32' \(did you mean 'clip-vit-b-32'\?\); there"
+    ):
+        Encoder("clip-vit-b32")
     Picture.new("RGB", (64, 32)).save(tmp_path / "flat.png")
     flat = [replace(corpus.images[0], path=tmp_path / "flat.png")]
     octopus = [replace(corpus.captions[0], text="a red octopus")]
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(InputError, match="64 × 64 pixels, not 64 × 32; clip-vit-b-32, ") as refusal:
         encode(IMAGE, flat, HEARING)
-    assert str(refusal.value) == (
-        f"{tmp_path / 'flat.png'}: tiny-image takes 64 × 64 pixels, not 64 × 32; "
-        "no encoder here takes it: resize it"
-    )
+    assert str(refusal.value).startswith(f"{tmp_path / 'flat.png'}: tiny-image takes ")
     with pytest.raises(InputError, match=r"of SpokenScenes, not 'octopus'; no encoder here takes"):
         encode(TEXT, octopus, HEARING)
     with pytest.raises(
-        InputError, match="not an item of type Caption; tiny-speech or tiny-text takes it"
+        InputError, match="not an item of type Caption; tiny-speech, tiny-text, hubert"
     ):
         encode(IMAGE, octopus, HEARING)
-    with pytest.raises(InputError, match="type Image; tiny-image takes it"):
+    with pytest.raises(InputError, match="type Image; tiny-image, clip-vit-b-32, "):
         encode(SPEECH, flat, HEARING)
     with pytest.raises(InputError, match="type str; no encoder here takes it: give captions"):
         encode(TEXT, ["a red square"], HEARING)
 
 
-def test_an_encoder_that_takes_it_is_named(corpus, tmp_path, monkeypatch):
-    """As a line more would: an encoder of pictures of any size."""
-    monkeypatch.setitem(
-        encoding.INTAKES, "clip-image", encoding.Intake("images", "any", lambda size: True)
-    )
-    Picture.new("RGB", (64, 32)).save(tmp_path / "flat.png")
-    with pytest.raises(InputError, match="not 64 × 32; clip-image takes it"):
-        encode(IMAGE, [replace(corpus.images[0], path=tmp_path / "flat.png")], HEARING)
-    assert encoders_for("images", Counter({(64, 64): 2})) == (
-        "encoders for its images: tiny-image, clip-image"
-    )
-    assert encoders_for("images", Counter({(64, 64): 2, (640, 480): 1000, (9, 9): 3})) == (
-        "encoders for its images: clip-image; tiny-image takes 64 × 64 pixels, and 1,003 of 1,005 "
-        "are others, mostly 640 × 480"
+def test_the_encoders_that_take_a_corpus_are_named():
+    every = encoders_for("images", Counter({(64, 64): 2}))
+    assert every.startswith("encoders for its images: tiny-image, clip-vit-b-32, clip-vit-b-16, ")
+    photographs = encoders_for("images", Counter({(64, 64): 2, (640, 480): 1000, (9, 9): 3}))
+    assert photographs.startswith("encoders for its images: clip-vit-b-32, ")
+    assert photographs.endswith(
+        "; tiny-image takes 64 × 64 pixels, and 1,003 of 1,005 are others, mostly 640 × 480"
     )

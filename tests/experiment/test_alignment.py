@@ -46,7 +46,7 @@ def test_a_map_weighs_every_patch_and_is_centred(features, model):
 
 
 def test_a_word_beyond_the_sound_takes_its_last_frame(features, model):
-    last = int(features.speech.lengths[5]) / alignment.TOKENS_PER_SECOND
+    last = int(features.speech.lengths[5]) / features.speech.description.tokens_per_second
     late = [TimedWord("red", 50, 51, 0), TimedWord("red", last - 0.08, last, 0)]
     maps = maps_of(model, features, 5, late)
     assert torch.equal(maps[0], maps[1])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmdlab.encoders.store import Features
+from cmdlab.encoders import Features
 from cmdlab.errors import InputError
 from cmdlab.experiment.run import inference_cost
 from cmdlab.retrieval.denoising import Denoising
