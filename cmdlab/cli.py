@@ -4,6 +4,7 @@ import argparse
 import inspect
 import io
 import json
+import math
 import os
 import shlex
 import sys
@@ -136,9 +137,21 @@ def _train(chosen: Namespace) -> None:
 
 
 def _sweep(chosen: Namespace) -> None:
-    from cmdlab.sweeps import run_sweep
+    from cmdlab.sweeps import choose_engine, run_sweep
 
-    done = run_sweep(chosen.file, runs=chosen.runs, workers=chosen.workers, smoke=chosen.smoke)
+    engine = choose_engine(
+        chosen.engine,
+        address=chosen.address,
+        gpus_per_cell=chosen.gpus_per_cell,
+        partition=chosen.partition,
+    )
+    done = run_sweep(
+        chosen.file,
+        runs=chosen.runs,
+        workers=chosen.workers,
+        smoke=chosen.smoke,
+        engine=engine,
+    )
     print(f"{done.listing}: {done.done} run, {done.resumed} kept from before, {done.failed} failed")
     done.refuse_failures()
 
@@ -350,18 +363,50 @@ def _parser() -> ArgumentParser:
         the same command runs only what is missing. A failed cell keeps its traceback, and the
         sweep goes on.
 
+        Cells run on this machine, or with --engine on many: as tasks of a Ray cluster, or as Slurm
+        jobs. --runs, the working folder and the corpus are then folders that all nodes share, under
+        the same paths, and cmdlab is installed alike on each; records say on what each cell ran.
+        Two sweeps may share --runs where locks (flock) reach over machines, as on NFS 4; where they
+        do not, as on Lustre with localflock, run one sweep at a time. `sbatch` heeds its SBATCH_...
+        variables, as SBATCH_ACCOUNT and SBATCH_TIMELIMIT (a day if not set).
+
         example: cmdlab sweep notebooks/sweeps/study.yaml --workers 2
+                 cmdlab sweep notebooks/sweeps/study.yaml --engine ray --address head:6379
+                 cmdlab sweep notebooks/sweeps/study.yaml --engine slurm --partition gpu
         output:  one folder a cell under --runs, with its executed notebook and record.json
         """,
     )
     sweep.add_argument("file", type=Path, metavar="FILE", help="a YAML sweep file")
     sweep.add_argument("--smoke", action="store_true", help="shrink every cell to seconds")
     sweep.add_argument(
-        "--workers", type=_positive, default=None, help="default: one a GPU, or as the cores allow"
+        "--workers",
+        type=_positive,
+        default=None,
+        help="how many cells at once; default: one a GPU, or as the cores allow; on a cluster as "
+        "its scheduler gives, 256 at most",
     )
     sweep.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s"
     )
+    sweep.add_argument(
+        "--engine",
+        default="local",
+        help="where cells run: local, ray or slurm; default: %(default)s",
+    )
+    sweep.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="of the Ray cluster; default: RAY_ADDRESS, else the one on this machine, else a new "
+        "one on this machine alone",
+    )
+    sweep.add_argument(
+        "--gpus-per-cell",
+        type=_share,
+        metavar="GPUS",
+        help="on a cluster; with Ray also a fraction, so that cells share a GPU and its memory; "
+        "default: 1, with Ray 0 where no node has one",
+    )
+    sweep.add_argument("--partition", metavar="NAME", help="of Slurm; default: the cluster's")
 
     report = _command(
         commands,
@@ -476,6 +521,16 @@ def _positive(text: str) -> int:
     number = int(text) if text.isascii() and text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return number
+
+
+def _share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
     return number
 
 

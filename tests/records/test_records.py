@@ -348,7 +348,7 @@ def test_provenance_knows_the_commit_and_what_differs_from_it(copy_of_the_packag
 
 def test_provenance_does_not_import_torch():
     code = (
-        "import json, sys; from cmdlab.sweeps.run import collect_provenance; "
+        "import json, sys; from cmdlab.sweeps.engines import collect_provenance; "
         "print(json.dumps([collect_provenance(), 'torch' in sys.modules]))"
     )
     provenance, imported = in_copy(ROOT, code)

@@ -18,9 +18,10 @@ import yaml
 
 from cmdlab.errors import InputError
 from cmdlab.records.records import load_records
+from cmdlab.sweeps.cells import run_cell
 from cmdlab.sweeps.files import read_sweep
 from cmdlab.sweeps.notebooks import NotebookError, read_notebook, run_notebook
-from cmdlab.sweeps.run import run_cell, run_sweep
+from cmdlab.sweeps.run import run_sweep
 
 DIRECTION = {
     "R@1": 20.0,
