@@ -108,6 +108,22 @@ def _corpus_check(chosen: Namespace) -> None:
         raise InputError(f"{chosen.folder}: not usable as it is; mend what is listed")
 
 
+def _corpus_import(chosen: Namespace) -> None:
+    from cmdlab.corpora import import_corpus
+
+    imported = import_corpus(
+        chosen.source,
+        chosen.folder,
+        side=chosen.size,
+        seed=chosen.seed,
+        skip_bad=chosen.skip_bad,
+        workers=chosen.workers,
+    )
+    print(imported)
+    if not imported.ok:
+        raise InputError(f"{chosen.source}: not imported; mend what is listed or pass --skip-bad")
+
+
 def _train(chosen: Namespace) -> None:
     from cmdlab.encoders import Encoder
     from cmdlab.experiment import run_experiment
@@ -256,8 +272,8 @@ def _parser() -> ArgumentParser:
     study.add_argument("--smoke", action="store_true", help="shrink everything, to see it work")
     study.add_argument("--folder", type=Path, default=Path("study"), help="default: %(default)s")
 
-    corpus = commands.add_parser("corpus", help="make or check a corpus of spoken captions")
-    kinds = corpus.add_subparsers(metavar="make|check", required=True)
+    corpus = commands.add_parser("corpus", help="make, check or import a corpus of spoken captions")
+    kinds = corpus.add_subparsers(metavar="make|check|import", required=True)
     make = _command(
         kinds,
         "make",
@@ -284,10 +300,10 @@ def _parser() -> ArgumentParser:
         _corpus_check,
         "say what is wrong with a corpus, and where",
         """
-        Check layout, counts, ids, sound and image files of SpokenScenes, SpokenCOCO or Flickr8k
-        Audio, and say which encoders take it. Without --skip-bad a corpus with any bad entry is
-        refused; with it the bad entries are listed and left out. What is only warned of, as silent
-        recordings and files that two splits hold, stays in.
+        Check layout, counts, ids, sound and image files of SpokenScenes, SpokenCOCO, Flickr8k Audio
+        or Places Audio, and say which encoders take it. Without --skip-bad a corpus with any bad
+        entry is refused; with it the bad entries are listed and left out. What is only warned of,
+        as silent recordings and files that two splits hold, stays in.
 
         example: cmdlab corpus check data/default
         output:  the findings, on standard output
@@ -295,6 +311,35 @@ def _parser() -> ArgumentParser:
     )
     check.add_argument("folder", type=Path, metavar="DIR")
     check.add_argument("--skip-bad", action="store_true", help="list bad entries and go on")
+    import_ = _command(
+        kinds,
+        "import",
+        _corpus_import,
+        "make a corpus of own recordings and pictures, or of a hub's parquet parts",
+        """
+        Make a corpus in SpokenCOCO's layout. PAIRS is a CSV file with the columns audio and image
+        and, at will, text, speaker and split (train, val or test), its paths relative to its own
+        folder; or a folder of parquet parts, as hubs give Flickr8k Audio and SpokenCOCO out. Any
+        sound that libsndfile reads becomes 16 kHz mono, any picture that Pillow reads upright RGB.
+        Pictures are split by a seed where PAIRS does not say how, near-duplicates together. It can
+        be stopped at any moment; the same command goes on where it was. Sources are only read.
+
+        example: cmdlab corpus import recordings/pairs.csv data/mine --size 64
+        output:  DIR, and on standard output what was made, left out, or is to be mended
+        """,
+    )
+    import_.add_argument("source", type=Path, metavar="PAIRS")
+    import_.add_argument("folder", type=Path, metavar="DIR")
+    import_.add_argument(
+        "--size",
+        type=_positive,
+        metavar="N",
+        help="squares of N pixels, cut from the middle: 64 for the tiny encoders; default: whole "
+        "pictures of at most 1,024 pixels a side",
+    )
+    import_.add_argument("--seed", type=int, default=1, help="of the splits; default: %(default)s")
+    import_.add_argument("--skip-bad", action="store_true", help="list bad entries and go on")
+    import_.add_argument("--workers", type=_positive, default=None, help="default: all cores")
 
     train = _command(
         commands,

@@ -19,6 +19,7 @@ COMMANDS = [
     ["study"],
     ["corpus", "make"],
     ["corpus", "check"],
+    ["corpus", "import"],
     ["train"],
     ["sweep"],
     ["report"],

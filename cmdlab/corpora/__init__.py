@@ -1,4 +1,4 @@
-"""Spoken-image corpora: one Corpus type, whether generated, SpokenCOCO or Flickr8k Audio."""
+"""Spoken-image corpora: one Corpus type, generated, released or made of own pairs."""
 
 from cmdlab.corpora.audio import SAMPLE_RATE, degrade, read_audio, read_speech
 from cmdlab.corpora.check import check_corpus, leave_out_unreadable, load_usable
@@ -12,6 +12,7 @@ from cmdlab.corpora.ground_truth import (
     read_ground_truth,
 )
 from cmdlab.corpora.images import read_image
+from cmdlab.corpora.importing import import_corpus
 from cmdlab.corpora.loading import load_corpus, read_identity
 from cmdlab.corpora.rendering import IMAGE_SIZE, render
 from cmdlab.corpora.scenes import COLOURS, SHAPES, sample_captions, sample_scene, vocabulary
@@ -39,6 +40,7 @@ __all__ = [
     "content_hash",
     "corpus_ceiling",
     "degrade",
+    "import_corpus",
     "leave_out_unreadable",
     "load_corpus",
     "load_usable",

@@ -15,7 +15,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from cmdlab.corpora.corpus import Caption
-from cmdlab.corpora.untrusted import is_regular
+from cmdlab.corpora.untrusted import BadEntry, is_regular
 from cmdlab.errors import InputError
 
 SAMPLE_RATE = 16_000  # Hz
@@ -63,12 +63,16 @@ def read_audio(path: Path | str) -> NDArray[np.float32]:
     if not is_regular(path):
         raise InputError(f"{path}: is no file; add it or remove its entry")
     try:
-        with soundfile.SoundFile(_with_its_length(path) or os.fsencode(path)) as file:
+        with path.open("rb") as raw:
+            whole = with_its_length(raw, os.path.getsize(path))
+        with soundfile.SoundFile(whole or os.fsencode(path)) as file:
             _check_header(path, file)
             frames = file.frames
             waveform = file.read(dtype="float32")
+    except BadEntry as error:
+        raise InputError(f"{path}: {error}") from error
     except (soundfile.SoundFileError, OSError) as error:
-        reason = "empty file" if path.stat().st_size == 0 else _reason(error)
+        reason = "empty file" if path.stat().st_size == 0 else reason_of(error)
         message = f"{path}: is no sound file, or is corrupt or truncated ({reason}); replace it"
         raise InputError(message) from error
     if len(waveform) < frames:
@@ -202,29 +206,27 @@ def _check_header(path: Path, file: soundfile.SoundFile) -> None:
 _UNSTATED = 2**63 - 1  # what libsndfile gives as the length of such a FLAC file, and cannot read
 
 
-def _with_its_length(path: Path) -> io.BytesIO | None:
+def with_its_length(file: BinaryIO, size: int) -> io.BytesIO | None:
     """A WAV file with the length that its writer, who wrote to a pipe, could not go back to state.
 
-    None for every other file. Raises InputError for a WAV file that lacks a part of its end:
-    libsndfile quietly reads what there is.
+    `size` is the file's, in bytes. None for every other file. Raises BadEntry for a WAV file that
+    lacks a part of its end: libsndfile quietly reads what there is.
     """
-    size = os.path.getsize(path)
-    with path.open("rb") as file:
-        kind = file.read(4)
-        if kind not in (b"RIFF", b"RIFX", b"RF64"):
-            return None
-        order = ">" if kind == b"RIFX" else "<"  # of the bytes in a number
-        (riff_size,) = struct.unpack(f"{order}I", file.read(4).ljust(4))
-        start, length = _sound_of_wav(file, order)
-        if length < _PLACEHOLDER and (length or riff_size + 8 == size):
-            if start + length > size:
-                missing = start + length - size
-                raise InputError(f"{path}: is truncated ({missing} bytes are missing); replace it")
-            return None
-        if size > MAX_BYTES:
-            raise InputError(f"{path}: has over {MAX_BYTES >> 20} MiB, for {MAX_SECONDS} s; cut it")
-        file.seek(0)
-        content = bytearray(file.read())
+    kind = file.read(4)
+    if kind not in (b"RIFF", b"RIFX", b"RF64"):
+        return None
+    order = ">" if kind == b"RIFX" else "<"  # of the bytes in a number
+    (riff_size,) = struct.unpack(f"{order}I", file.read(4).ljust(4))
+    start, length = _sound_of_wav(file, order)
+    if length < _PLACEHOLDER and (length or riff_size + 8 == size):
+        if start + length > size:
+            missing = start + length - size
+            raise BadEntry(f"is truncated ({missing} bytes are missing); replace it")
+        return None
+    if size > MAX_BYTES:
+        raise BadEntry(f"has over {MAX_BYTES >> 20} MiB, for {MAX_SECONDS} s; cut it")
+    file.seek(0)
+    content = bytearray(file.read())
     content[:4] = kind.replace(b"RF64", b"RIFF")
     struct.pack_into(f"{order}I", content, 4, size - 8)
     struct.pack_into(f"{order}I", content, start - 4, size - start)
@@ -253,7 +255,7 @@ def _sound_of_wav(file: BinaryIO, order: str) -> tuple[int, int]:
     raise soundfile.SoundFileRuntimeError("it has no samples")
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What went wrong, without the path that the message names already."""
     if isinstance(error, soundfile.LibsndfileError):
         return error.error_string

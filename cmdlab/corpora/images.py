@@ -34,7 +34,7 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
             if image.mode.startswith(("I", "F")):
                 raise InputError(f"{path}: image has more than 8 bits a colour; save it with 8")
             image.load()
-            return np.asarray(_upright(image).convert("RGB"))
+            return np.asarray(upright(image).convert("RGB"))
     except InputError:
         raise
     except UnidentifiedImageError as error:
@@ -58,7 +58,7 @@ def _what_it_is(path: Path) -> str:
         return "is no readable JPEG or PNG image, nor any other; replace it"
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF orientation says.
 
     Pillow's own `exif_transpose` rewrites the EXIF data, and so fails where they are damaged, as

@@ -7,13 +7,22 @@ from pathlib import Path
 
 from cmdlab.corpora.corpus import SPLITS, Corpus, Split, hash_of_lines, leave_out
 from cmdlab.corpora.flickr8k_audio import read_flickr8k_audio
+from cmdlab.corpora.parquet_parts import find_parts
+from cmdlab.corpora.places_audio import CANDIDATES, read_places_audio
 from cmdlab.corpora.spoken_coco import read_spoken_coco
 from cmdlab.corpora.untrusted import BadEntry, UntrustedFolder, name_of, shown
 from cmdlab.errors import InputError
 
+# Each layout's name, the files by which it is known, and its reader.
+LAYOUTS = (
+    ("SpokenCOCO", ("SpokenCOCO_train.json", "SpokenCOCO_val.json"), read_spoken_coco),
+    ("Flickr8k Audio", ("flickr_audio", "wav2capt.txt"), read_flickr8k_audio),
+    ("Places Audio", (*CANDIDATES["train"], *CANDIDATES["val"]), read_places_audio),
+)
+
 
 def load_corpus(root: Path | str, split: Split, *, skip_bad: bool = False) -> Corpus:
-    """Load one split of a corpus in SpokenCOCO's or Flickr8k Audio's layout.
+    """Load one split of a corpus in SpokenCOCO's, Flickr8k Audio's or Places Audio's layout.
 
     The metadata of all splits is validated and the media files of this split must exist; none is
     decoded (see `cmdlab.corpora.check`). `skip_bad` leaves bad entries out and lists them in
@@ -24,16 +33,20 @@ def load_corpus(root: Path | str, split: Split, *, skip_bad: bool = False) -> Co
     if split not in SPLITS:
         raise InputError(f"split {shown(split)} is unknown; use one of {', '.join(SPLITS)}")
     folder = UntrustedFolder(Path(root), skip_bad=skip_bad)
-    is_spoken_coco = any(map(folder.has, ("SpokenCOCO_train.json", "SpokenCOCO_val.json")))
-    is_flickr8k_audio = any(map(folder.has, ("flickr_audio", "wav2capt.txt")))
-    if is_spoken_coco == is_flickr8k_audio:
+    layouts = [layout for layout in LAYOUTS if any(map(folder.has, layout[1]))]
+    if not layouts and find_parts(folder.root):
         raise InputError(
-            f"{folder.root}: holds {'two corpora' if is_spoken_coco else 'no corpus'}; give a "
-            "folder with either SpokenCOCO_train.json or flickr_audio/wav2capt.txt in it"
+            f"{folder.root}: holds parquet parts, as hubs give data sets out; make a corpus of "
+            f"them with `cmdlab corpus import {folder.root} DIR` and give DIR"
         )
-    read = read_spoken_coco if is_spoken_coco else read_flickr8k_audio
+    if len(layouts) != 1:
+        raise InputError(
+            f"{folder.root}: holds {'two corpora' if layouts else 'no corpus'}; give a folder with "
+            "one of SpokenCOCO_train.json, flickr_audio/wav2capt.txt or Places Audio's train.json "
+            "in it"
+        )
+    ((name, _, read),) = layouts
     images, captions = read(folder, split)
-    name = "SpokenCOCO" if is_spoken_coco else "Flickr8k Audio"
     content_hash = hash_of_lines(f"{digest}  {file}\n" for file, digest in folder.digests.items())
     if folder.has("corpus.json"):
         name, content_hash = read_identity(folder)

@@ -89,6 +89,10 @@ class UntrustedFolder:
         """Whether anything, usable or not, lies at this path of our own making."""
         return os.path.lexists(self.root / relative)
 
+    def has_folder(self, name: str) -> bool:
+        """Whether a folder of this plain name lies at the top."""
+        return "/" not in name and is_name(name) and (self.root / name).is_dir()
+
     def read_bytes(self, relative: str) -> bytes:
         """A metadata file's bytes; its digest is kept. Raises InputError."""
         try:

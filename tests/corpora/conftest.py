@@ -1,4 +1,4 @@
-"""Small corpora in the two real layouts, written by the tests."""
+"""Small corpora in the real layouts, written by the tests."""
 
 import json
 import zlib
@@ -82,6 +82,23 @@ def flickr8k_audio(tmp_path: Path) -> Path:
         "Flickr_8k.testImages.txt": ["40_d.jpg"],
     }.items():
         (root / name).write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def places_audio(tmp_path: Path) -> Path:
+    """Two images in train, one with two captions; one each in val and test; foreign base paths."""
+    root = tmp_path / "places"
+    for split, images in {"train": "aab", "val": "c", "test": "d"}.items():
+        data = []
+        for number, name in enumerate(images):
+            image, wav = f"{name}/abbey/gsun_{name}.jpg", f"wavs/{split}/utterance_{number}.wav"
+            write_image(root / "images" / image)
+            write_sound(root / wav)
+            entry = {"uttid": f"U-{split}-{number}", "speaker": f"S{number}", "wav": wav}
+            data.append(entry | {"asr_text": f"a room {number}", "image": image})
+        lists = {"image_base_path": "/data/elsewhere/images/", "audio_base_path": "/data/places"}
+        (root / f"{split}.json").write_text(json.dumps(lists | {"data": data}))
     return root
 
 

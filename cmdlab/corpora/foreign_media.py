@@ -1,0 +1,155 @@
+"""Makes of any sound and any picture what a corpus holds: 16 kHz mono speech, upright RGB."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from math import gcd
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cmdlab.corpora.audio import MAX_SECONDS, OVERSHOOT, SAMPLE_RATE, reason_of, with_its_length
+from cmdlab.corpora.images import MAX_PIXELS, upright
+from cmdlab.corpora.near_duplicates import perceptual_hash
+from cmdlab.corpora.untrusted import BadEntry
+
+LONG_SIDE = 1024  # pixels; COCO's and Flickr8k's have up to 640, and no encoder takes more than 336
+RATES = (1_000, 384_000)  # Hz, of what a recorder can have meant
+BLOCK = 16_384  # frames decoded at a time: a few bytes can promise 1,024 channels and days
+
+
+def convert_sound(content: bytes) -> tuple[bytes, str]:
+    """A sound file of any kind that libsndfile reads, as 16 kHz mono. Returns content and suffix.
+
+    Channels are averaged. What is 16-bit WAV or FLAC at 16 kHz with one channel stays as it is,
+    byte for byte; all else becomes 16-bit FLAC.
+    Raises BadEntry for what is corrupt, truncated, empty, over MAX_SECONDS long, not finite or out
+    of scale.
+    """
+    try:
+        whole = with_its_length(io.BytesIO(content), len(content))
+        with soundfile.SoundFile(whole or io.BytesIO(content)) as file:
+            form, rate = file.format, file.samplerate
+            ready = (file.subtype, rate, file.channels) == ("PCM_16", SAMPLE_RATE, 1)
+            waveform = _mono(file)
+    except (soundfile.SoundFileError, OSError) as error:
+        reason = reason_of(error) if content else "empty file"
+        raise BadEntry(
+            f"is no sound that libsndfile reads, or is corrupt ({reason}); save it as WAV or FLAC"
+        ) from error
+    if ready and not whole and form in ("WAV", "FLAC"):
+        return content, f".{form.lower()}"
+    if rate != SAMPLE_RATE:
+        from scipy.signal import resample_poly  # takes a while to import
+
+        divisor = gcd(rate, SAMPLE_RATE)
+        waveform = resample_poly(waveform, SAMPLE_RATE // divisor, rate // divisor)
+    converted = io.BytesIO()
+    samples = np.clip(waveform, -1, 1)
+    soundfile.write(converted, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return converted.getvalue(), ".flac"
+
+
+def _mono(file: soundfile.SoundFile) -> NDArray[np.float32]:
+    """The mean of a file's channels, at its own rate: float32 [samples]. Raises BadEntry."""
+    rate, stated = file.samplerate, file.frames
+    if not RATES[0] <= rate <= RATES[1]:
+        raise BadEntry(f"has a sampling rate of {rate} Hz; resample it to {SAMPLE_RATE} Hz")
+    blocks: list[NDArray[np.float32]] = []
+    samples = 0
+    while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+        blocks.append(block.mean(axis=1))
+        samples += len(block)
+        if samples > MAX_SECONDS * rate:
+            raise BadEntry(f"lasts over {MAX_SECONDS} s; cut it")
+    if not samples:
+        raise BadEntry("holds no sound; replace it or remove its entry")
+    if samples < stated and file.format != "MPEG":  # an MP3 file states no more than an estimate
+        raise BadEntry(f"is truncated ({samples} of {stated} samples); replace it")
+    waveform = np.concatenate(blocks)
+    peak = np.abs(waveform).max()
+    if not np.isfinite(peak):
+        raise BadEntry("holds samples that are no finite number; replace it")
+    if peak > OVERSHOOT:
+        raise BadEntry(f"holds samples up to {peak:g}; scale them to [-1, 1]")
+    return waveform
+
+
+def convert_picture(content: bytes, *, side: int | None = None) -> tuple[bytes, str, bytes]:
+    """A picture of any kind that Pillow reads, as upright RGB. Returns content, suffix and hash.
+
+    Of an animation the first frame; transparent parts are laid on white. With `side` the square in
+    its middle, as a PNG file of `side` × `side` pixels. Without it, opaque 8-bit JPEG and PNG files
+    up to LONG_SIDE stay as they are, byte for byte (readers follow their EXIF orientation); all
+    else becomes JPEG, shrunk to LONG_SIDE. The hash is `perceptual_hash`'s.
+    Raises BadEntry for what is corrupt, truncated, over MAX_PIXELS or of no such kind.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            if image.width * image.height > MAX_PIXELS:
+                size = f"{image.width} × {image.height}"
+                raise BadEntry(f"has {size} pixels, over the limit of {MAX_PIXELS}; shrink it")
+            form = image.format
+            ready = (
+                side is None
+                and form in ("JPEG", "PNG")
+                and image.mode in ("RGB", "L")
+                and not image.has_transparency_data
+                and max(image.size) <= LONG_SIDE
+            )
+            if not ready:  # a JPEG decoder can leave out what shrinking would drop
+                image.draft(None, (2 * (side or LONG_SIDE),) * 2)
+            image.load()
+            picture = _opaque(upright(image))
+    except BadEntry:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadEntry("is no picture that Pillow reads; save it as JPEG or PNG") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadEntry(f"is over the limit of {MAX_PIXELS} pixels; shrink it") from error
+    except Exception as error:  # corrupt files make Pillow's decoders raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadEntry(f"is no readable picture ({reason}); save it as JPEG or PNG") from error
+    if ready:
+        return content, ".png" if form == "PNG" else ".jpg", perceptual_hash(picture)
+    if side is not None:
+        picture = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
+    else:
+        picture.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
+    converted = io.BytesIO()
+    if side is not None:
+        picture.save(converted, "PNG")
+    else:
+        picture.save(converted, "JPEG", quality=95, subsampling=0)  # drawings keep their edges
+    return converted.getvalue(), ".jpg" if side is None else ".png", perceptual_hash(picture)
+
+
+@cache
+def _formats() -> list[str]:
+    """All that Pillow reads but PostScript, which is a program that Ghostscript would run."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Any mode as RGB, transparent parts on white."""
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_eight_bits(image))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    above = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", above.size, "white"), above).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> NDArray[np.uint8]:
+    """Grey of 16 or 32 bits: integers have 16 that count, floats are stretched to their range."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode.startswith("I"):
+        return (np.clip(values, 0, 65_535) / 257).round().astype(np.uint8)
+    low, high = values.min(), values.max()
+    if not np.isfinite(high - low):
+        raise BadEntry("holds values that are no finite number; save it as JPEG or PNG")
+    return ((values - low) / max(high - low, 1e-30) * 255).round().astype(np.uint8)
