@@ -242,7 +242,10 @@ def _pixels(encoder: Encoder, image: Image) -> Tensor:
     if not FAMILIES[encoder.name].takes(size):
         refusal = _refusal(encoder.name, _shown(size), _takers("images", size), "resize it")
         raise InputError(f"{image.path}: {refusal}")
-    return encoder.open().pixels(picture)
+    try:
+        return encoder.open().pixels(picture)
+    except InputError as error:  # it does not know the file
+        raise InputError(f"{image.path}: {error}") from error
 
 
 def _sound(caption: Caption, hearing: Hearing) -> np.ndarray:
