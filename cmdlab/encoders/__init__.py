@@ -9,6 +9,7 @@ from cmdlab.encoders.encoding import (
     encode,
     encoders_for,
     fingerprint,
+    untrained,
     weights_of,
 )
 from cmdlab.encoders.features import Features
@@ -29,5 +30,6 @@ __all__ = [
     "encoders_for",
     "fingerprint",
     "open_stores",
+    "untrained",
     "weights_of",
 ]
