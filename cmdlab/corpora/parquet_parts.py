@@ -239,12 +239,12 @@ def _listed(
     split_of: dict[str, Split] = {}
     for split, file in lists.items():
         for place, line in folder.read_lines(file):
-            name = known.get(line)
-            if name is None:
+            image = known.get(line)
+            if image is None:
                 message = "no image of the parts is called so; add it or remove the line"
                 folder.reject(file, f"{place} {shown(line)}", message)
-            elif split_of.setdefault(name, split) != split:
-                message = f"the image is in {lists[split_of[name]]} already; remove one"
+            elif split_of.setdefault(image, split) != split:
+                message = f"the image is in {lists[split_of[image]]} already; remove one"
                 folder.reject(file, f"{place} {shown(line)}", message)
     return split_of
 
