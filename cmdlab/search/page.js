@@ -1,6 +1,7 @@
 // Asks by microphone, file or text; shows the answer, and for a chosen picture where each word fits.
 
 const LONGEST = 60; // seconds of a recording
+const LARGEST = 20 << 20; // bytes of a file
 const MAX_SHOWN = 120;
 const the = (id) => document.getElementById(id);
 let answer = null; // {query, seconds, words, gallery, results}
@@ -41,7 +42,11 @@ the("say").addEventListener("submit", (event) => {
   ask("say", text, "Speaking and looking …", `“${text}”`);
 });
 
-const askFile = (file) => file && ask("search?how=file", file, `Listening to ${file.name} …`, file.name);
+function askFile(file) {
+  if (!file) return;
+  if (file.size > LARGEST) tell(`${file.name} is over ${LARGEST >> 20} MB; cut it.`, true);
+  else ask("search?how=file", file, `Listening to ${file.name} …`, file.name);
+}
 the("file").addEventListener("change", () => {
   askFile(the("file").files[0]);
   the("file").value = ""; // the same file may be chosen again

@@ -32,7 +32,7 @@ from cmdlab.corpora import (
 from cmdlab.errors import InputError
 from cmdlab.search.maps import frame_map
 from cmdlab.search.retriever import Retriever
-from cmdlab.search.verdicts import HOW, Verdict, log_verdict
+from cmdlab.search.verdicts import HOW, Verdict, log_verdict, rank_of
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -117,7 +117,7 @@ def make_page(index: Pictures, retriever: Retriever) -> "Starlette":
 
     def refused(_: "Request", error: Exception) -> "Response":
         if isinstance(error, HTTPException):
-            return JSONResponse({"error": error.detail}, error.status_code)
+            return JSONResponse({"error": error.detail}, error.status_code, error.headers)
         return JSONResponse({"error": " ".join(str(error).split())}, 400)
 
     page = _Page(index, retriever)
@@ -324,13 +324,6 @@ class _Page:
         return path
 
 
-def rank_of(index: Pictures, vector: NDArray[np.float32], row: int) -> int:
-    """The place of a picture in the answer, from 1; pictures that score the same come before it."""
-    rows, scores = index.search(vector, len(index.paths))
-    own = scores[rows == row][0]
-    return int((scores >= own).sum())
-
-
 class _Guard:
     """Refuses what another site asks for, and lets the page itself load nothing from elsewhere."""
 
@@ -388,7 +381,8 @@ async def _body(request: "Request", limit: int) -> bytes:
     """A request's content, up to `limit` bytes, whether it states its length or not."""
     from starlette.exceptions import HTTPException
 
-    too_large = HTTPException(413, f"That is over {limit:,} bytes.")
+    # The connection is closed, or the rest would still be taken in.
+    too_large = HTTPException(413, f"That is over {limit:,} bytes.", {"Connection": "close"})
     stated = request.headers.get("content-length", "0")
     if not stated.isdecimal() or int(stated) > limit:
         raise too_large

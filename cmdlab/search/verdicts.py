@@ -8,6 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cmdlab.errors import InputError
 
 LOG = "verdicts.jsonl"
@@ -51,6 +54,13 @@ def read_verdicts(folder: Path) -> list[Verdict]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error}); mend it or give --queries") from error
     return [_verdict(f"{file}: line {number}", line) for number, line in enumerate(lines, 1)]
+
+
+def rank_of(index: Any, vector: NDArray[np.float32], row: int) -> int:
+    """The place of a picture in an index's answer, from 1; those that score the same come first."""
+    rows, scores = index.search(vector, len(index.paths))
+    own = scores[rows == row][0]
+    return int((scores >= own).sum())
 
 
 def _verdict(place: str, line: str) -> Verdict:
