@@ -1,7 +1,7 @@
 """What is trained: the retrieval model; in training a denoiser beside it; losses and the loop."""
 
 from cmdlab.retrieval.denoising import Denoising
-from cmdlab.retrieval.model import RetrievalModel
+from cmdlab.retrieval.model import Frozen, RetrievalModel
 from cmdlab.retrieval.recipe import parameters_of
 from cmdlab.retrieval.training import (
     Trained,
@@ -15,6 +15,7 @@ from cmdlab.retrieval.training import (
 
 __all__ = [
     "Denoising",
+    "Frozen",
     "RetrievalModel",
     "Trained",
     "Training",
