@@ -119,7 +119,7 @@ def quantise(
     Raises ValueError for a vector that is not finite or longer than 1.
     """
     dimensions = vectors.shape[1]
-    codes = np.zeros((len(vectors), -(-dimensions // MULTIPLE) * MULTIPLE), np.int8)
+    codes = np.zeros((len(vectors), padded(dimensions)), np.int8)
     units, residuals = np.empty((2, len(vectors)), np.float32)
     for start in range(0, len(vectors), BLOCK):
         rows = slice(start, start + BLOCK)
@@ -133,6 +133,11 @@ def quantise(
         residual = np.linalg.norm(exact - unit[:, None].astype(np.float64) * code, axis=1)
         residuals[rows] = residual * (1 + 2.0**-20)
     return codes, units, residuals
+
+
+def padded(dimensions: int) -> int:
+    """How many entries a code has, zeros at its end among them."""
+    return -(-dimensions // MULTIPLE) * MULTIPLE
 
 
 def _up_to_bfloat16(values: NDArray[np.float64]) -> NDArray[np.float32]:
