@@ -25,6 +25,8 @@ COMMANDS = [
     ["report"],
     ["bench"],
     ["evaluate"],
+    ["serve"],
+    ["worth"],
 ]
 
 

@@ -1,5 +1,6 @@
 """What a user does with a trained model: own recordings and pictures to vectors, to compare."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from cmdlab.search.index import Index, Match, Unreadable
@@ -8,6 +9,8 @@ from cmdlab.search.query import recorded, spoken
 
 if TYPE_CHECKING:
     from cmdlab.search.retriever import Retriever
+    from cmdlab.search.serve import serve_page
+    from cmdlab.search.worth import write_worth
 
 __all__ = [
     "Index",
@@ -18,14 +21,15 @@ __all__ = [
     "index_pictures",
     "model_identity",
     "recorded",
+    "serve_page",
     "spoken",
+    "write_worth",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Retriever loads torch, which takes longer than bringing an index up to date."""
-    if name != "Retriever":
+    """What loads torch, which takes longer than bringing an index up to date."""
+    files = {"Retriever": "retriever", "serve_page": "serve", "write_worth": "worth"}
+    if name not in files:
         raise AttributeError(f"{__name__} has no {name}")
-    from cmdlab.search.retriever import Retriever
-
-    return Retriever
+    return getattr(importlib.import_module(f"{__name__}.{files[name]}"), name)

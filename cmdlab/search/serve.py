@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,9 @@ from cmdlab.corpora import (
     speak,
 )
 from cmdlab.errors import InputError
+from cmdlab.search.index import Index
 from cmdlab.search.maps import frame_map
+from cmdlab.search.query import VOICE
 from cmdlab.search.retriever import Retriever
 from cmdlab.search.verdicts import HOW, Verdict, log_verdict, rank_of
 
@@ -46,7 +48,6 @@ MAX_SECONDS = 60
 MAX_LETTERS = 300
 MAX_SHOWN = 120  # pictures of one answer
 KEPT = 64  # queries that can be asked about again
-VOICE = "en-us+m3"
 THUMBNAIL, LARGE = 320, 1024  # pixels of the longer side
 STEP = 0.2  # seconds that a map of recorded speech stands for
 HERE = Path(__file__).parent
@@ -58,22 +59,7 @@ FILES = {
 }
 
 
-class Pictures(Protocol):
-    """What the page needs of an index: `paths` relative to `root`, and the best k by rows and
-    scores, best first, k at most their number. `folder` takes the log."""
-
-    root: Path
-    folder: Path
-
-    @property
-    def paths(self) -> Any: ...
-
-    def search(
-        self, query: NDArray[np.float32], k: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
-
-
-def serve(index: Pictures, retriever: Retriever, *, port: int = PORT) -> None:
+def serve_page(index: Index, retriever: Retriever, *, port: int = PORT) -> None:
     """Serve the page at http://127.0.0.1:port until Ctrl-C.
 
     Raises InputError where the port is taken or a package is missing.
@@ -90,14 +76,14 @@ def serve(index: Pictures, retriever: Retriever, *, port: int = PORT) -> None:
         except OSError as error:
             raise InputError(f"port {port}: {error.strerror}; choose another by --port") from error
         address = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        print(f"{len(index.paths):,} pictures at {address} (Ctrl-C ends it)", file=sys.stderr)
+        print(f"{len(index):,} pictures at {address} (Ctrl-C ends it)", file=sys.stderr)
         config = uvicorn.Config(
             page, log_level="warning", access_log=False, server_header=False, ws="none"
         )
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def make_page(index: Pictures, retriever: Retriever) -> "Starlette":
+def make_page(index: Index, retriever: Retriever) -> "Starlette":
     """The page as an ASGI application.
 
     It answers its own origin alone, under a name of this machine, and says so little to others that
@@ -152,7 +138,7 @@ class _Query:
 
 
 class _Page:
-    def __init__(self, index: Pictures, retriever: Retriever) -> None:
+    def __init__(self, index: Index, retriever: Retriever) -> None:
         self._index = index
         self._retriever = retriever
         self._queries: OrderedDict[str, _Query] = OrderedDict()
@@ -218,7 +204,7 @@ class _Page:
             "query": name,
             "seconds": query.seconds,
             "words": words,
-            "gallery": len(self._index.paths),
+            "gallery": len(self._index),
             "results": self._best(query, 12),
         }
 
@@ -231,10 +217,9 @@ class _Page:
         return _json({"results": self._best(self._query(request), k)})
 
     def _best(self, query: _Query, k: int) -> list[dict[str, Any]]:
-        rows, scores = self._index.search(query.vector, min(k, len(self._index.paths)))
         return [
-            {"row": row, "score": score, "name": _shown(self._index.paths[row])}
-            for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
+            {"row": match.row, "score": match.score, "name": _shown(match.path)}
+            for match in self._index.nearest(query.vector, min(k, len(self._index)))
         ]
 
     def sound(self, request: "Request") -> "Response":
@@ -288,7 +273,7 @@ class _Page:
             row, rank = said.get("row"), said.get("rank")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError("That query is no longer known; ask again.") from error
-        gallery = len(self._index.paths)
+        gallery = len(self._index)
         if row is not None and not (type(row) is int and 0 <= row < gallery):
             raise InputError("There is no such picture.")
         if rank is not None and not (type(rank) is int and 1 <= rank <= gallery):
@@ -296,7 +281,7 @@ class _Page:
 
         def log() -> int | None:
             place = rank if row is None else rank_of(self._index, query.vector, row)
-            picture = None if row is None else _shown(self._index.paths[row])
+            picture = None if row is None else _shown(self._index.path(row))
             verdict = Verdict(query.how, round(query.seconds, 2), gallery, place, picture)
             log_verdict(self._index.folder, verdict)
             return place
@@ -316,10 +301,11 @@ class _Page:
         from starlette.exceptions import HTTPException
 
         row = request.path_params["row"]
-        if row >= len(self._index.paths):
+        if row >= len(self._index):
             raise HTTPException(404, "There is no such picture.")
-        path = (self._index.root / self._index.paths[row]).resolve()
-        if not path.is_relative_to(self._index.root.resolve()) or not path.is_file():
+        folder = self._index.pictures
+        path = (folder / self._index.path(row)).resolve()
+        if not path.is_relative_to(folder.resolve()) or not path.is_file():
             raise HTTPException(404, "The picture is gone; run `cmdlab index` again.")
         return path
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmdlab.errors import InputError
+from cmdlab.search.index import Index
 
 LOG = "verdicts.jsonl"
 HOW = ("recorded", "file", "typed")
@@ -56,11 +57,11 @@ def read_verdicts(folder: Path) -> list[Verdict]:
     return [_verdict(f"{file}: line {number}", line) for number, line in enumerate(lines, 1)]
 
 
-def rank_of(index: Any, vector: NDArray[np.float32], row: int) -> int:
-    """The place of a picture in an index's answer, from 1; those that score the same come first."""
-    rows, scores = index.search(vector, len(index.paths))
-    own = scores[rows == row][0]
-    return int((scores >= own).sum())
+def rank_of(index: Index, vector: NDArray[np.float32], row: int) -> int:
+    """The place of a picture in the answer to a vector [D], from 1; those that score the same come
+    before it."""
+    scores, rows = index.gallery.nearest(vector, len(index), impl="reference")
+    return int((scores >= scores[rows == row]).sum())
 
 
 def _verdict(place: str, line: str) -> Verdict:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from cmdlab.corpora import SAMPLE_RATE, BadEntry, bytes_of, decode_sound, read_pairs_csv
 from cmdlab.errors import InputError
 from cmdlab.reporting import Estimate, Worth, draw_worth
+from cmdlab.search.index import Index
 from cmdlab.search.retriever import Retriever
 from cmdlab.search.verdicts import LOG, rank_of, read_verdicts
 
@@ -39,7 +40,7 @@ class Trials:
 
 
 def write_worth(
-    index: Any,
+    index: Index,
     retriever: Retriever | None,
     output: Path,
     *,
@@ -62,13 +63,13 @@ def write_worth(
     draw_worth(measure(trials, seconds_per_picture), output, price=price, currency=currency)
 
 
-def trials_of_pairs(index: Any, retriever: Retriever, file: Path) -> Trials:
+def trials_of_pairs(index: Index, retriever: Retriever, file: Path) -> Trials:
     """Search for each recording of a CSV file of pairs. Ties count against the search."""
     pairs = read_pairs_csv(file)
     if pairs.problems:
         raise InputError(f"{file}: {pairs.problems[0].entry}: {pairs.problems[0].message}")
-    row_of = {path: row for row, path in enumerate(index.paths)}
-    root = index.root.resolve()
+    row_of = {index.path(row): row for row in range(len(index))}
+    root = index.pictures.resolve()
     rank, seconds, picture = [], [], []
     for pair in tqdm(pairs.pairs, desc="searching", unit=" recordings"):
         own = row_of.get(os.path.relpath((file.parent / pair.image).resolve(), root))
@@ -88,7 +89,7 @@ def trials_of_pairs(index: Any, retriever: Retriever, file: Path) -> Trials:
     return Trials(
         f"{len(rank):,} pairs of {file.name}",
         np.array(rank, np.float64),
-        np.full(len(rank), len(index.paths)),
+        np.full(len(rank), len(index)),
         np.array(seconds, np.float64),
         np.array(picture, np.int64),
     )

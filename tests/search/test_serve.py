@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import socket
 import struct
@@ -10,7 +11,6 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import soundfile
 from PIL import Image
 
 from cmdlab.corpora import load_corpus
-from cmdlab.search import Retriever
+from cmdlab.search import Index
 from cmdlab.search.serve import MAX_UPLOAD, make_page
 from cmdlab.search.verdicts import read_verdicts
 
@@ -35,51 +35,47 @@ SAID = "a red circle left of a star"
 HOSTILE = "<img src=x onerror=alert(1)> & a star"
 
 
-@dataclass
-class Shelf:
-    """Pictures with their vectors, searched by the plain product."""
-
-    root: Path
-    folder: Path
-    paths: list[str]
-    vectors: np.ndarray
-
-    def search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores = self.vectors @ query
-        rows = np.argsort(-scores, kind="stable")[:k]
-        return rows, scores[rows]
-
-
 @pytest.fixture(scope="module")
 def corpus(smoke_corpus):
     return load_corpus(smoke_corpus, "test")
 
 
 @pytest.fixture(scope="module")
-def shelf(corpus, retriever: Retriever, tmp_path_factory) -> Shelf:
+def shelf(corpus, make_index, tmp_path_factory) -> Index:
     """The smoke corpus' test pictures, and a wide photograph with a place written into it."""
-    root = tmp_path_factory.mktemp("pictures")
+    pictures = tmp_path_factory.mktemp("shelf") / "pictures"
+    pictures.mkdir()
     for image in corpus.images:
-        shutil.copy(image.path, root / image.path.name)
+        shutil.copy(image.path, pictures)
     written = Image.Exif()
     written[0x010E] = "at home, Elm Street 5"
     wide = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 900, 3), np.uint8))
-    wide.save(root / f"{HOSTILE}.jpg", exif=written, comment=b"Elm Street 6")
-    files = sorted(root.iterdir())
-    folder = tmp_path_factory.mktemp("index")
-    return Shelf(root, folder, [file.name for file in files], retriever.embed_images(files))
+    wide.save(pictures / f"{HOSTILE}.jpg", exif=written, comment=b"Elm Street 6")
+    return make_index(pictures)
 
 
 @pytest.fixture(scope="module")
-def spoilt(shelf, tmp_path_factory) -> Shelf:
-    """An index whose pictures have become a bomb, gone, a link out of their folder, a way out."""
-    root = tmp_path_factory.mktemp("spoilt") / "pictures"
-    root.mkdir()
-    (root / "bomb.png").write_bytes(bomb())
-    Image.new("RGB", (8, 8)).save(root.parent / "secret.png")
-    (root / "link.png").symlink_to(root.parent / "secret.png")
-    paths = ["bomb.png", "gone.png", "link.png", "../secret.png", "f\udce9.png"]
-    return Shelf(root, shelf.folder, paths, shelf.vectors[: len(paths)])
+def spoilt(make_index, tmp_path_factory) -> Index:
+    """An index whose pictures have since become a bomb, gone, and links out of their folder."""
+    pictures = tmp_path_factory.mktemp("spoilt") / "pictures"
+    (pictures / "d").mkdir(parents=True)
+    (pictures.parent / "secret").mkdir()
+    Image.new("RGB", (8, 8)).save(pictures.parent / "secret" / "in.png")
+    names = ["bomb.png", "gone.png", "link.png", "d/in.png", "f\udce9.png"]
+    for number, name in enumerate(names):
+        Image.new("RGB", (80, 80), (number, 0, 0)).save(os.fsencode(pictures / name), "PNG")
+    index = make_index(pictures)
+    (pictures / "bomb.png").write_bytes(bomb())
+    (pictures / "gone.png").unlink()
+    (pictures / "link.png").unlink()
+    (pictures / "link.png").symlink_to(pictures.parent / "secret" / "in.png")
+    shutil.rmtree(pictures / "d")
+    (pictures / "d").symlink_to(pictures.parent / "secret")
+    return index
+
+
+def row_of(index: Index, name: str) -> int:
+    return next(row for row in range(len(index)) if index.path(row) == name)
 
 
 def bomb() -> bytes:
@@ -124,11 +120,12 @@ def test_a_recording_is_answered_as_the_retriever_and_the_index_say(
 ):
     for caption in corpus.captions[:5]:
         response = client.post("/search?how=recorded", content=caption.audio.read_bytes())
-        rows, scores = shelf.search(retriever.embed_speech(caption.audio), 12)
+        scores = shelf.vectors @ retriever.embed_speech(caption.audio)
         results = response.json()["results"]
-        assert [one["row"] for one in results] == rows.tolist()
-        np.testing.assert_allclose([one["score"] for one in results], scores, atol=1e-5)
-        assert [one["name"] for one in results] == [shelf.paths[row] for row in rows]
+        rows = [one["row"] for one in results]
+        assert rows == np.argsort(-scores, kind="stable")[:12].tolist()
+        np.testing.assert_allclose([one["score"] for one in results], scores[rows], atol=1e-5)
+        assert [one["name"] for one in results] == [shelf.path(row) for row in rows]
 
 
 def test_a_typed_sentence_is_spoken_and_each_word_has_its_map(client):
@@ -157,7 +154,7 @@ def test_more_of_an_answer_begins_with_what_was_shown(client, shelf):
     answer = client.post("/say", content="a star").json()
     more = client.get(f"/answer/{answer['query']}?k=20").json()["results"]
     assert more[:12] == answer["results"]
-    assert len(more) == min(20, len(shelf.paths))
+    assert len(more) == min(20, len(shelf))
     for k in ("0", "121", "-1", "9" * 30, "many", "²"):
         assert client.get(f"/answer/{answer['query']}", params={"k": k}).status_code == 400
 
@@ -185,15 +182,16 @@ def test_nothing_but_indexed_pictures_is_reached(client, path):
 
 def test_an_indexed_path_that_leads_out_of_the_folder_is_refused(spoilt, retriever):
     client = TestClient(make_page(spoilt, retriever), base_url="http://127.0.0.1:7860")
-    for row in range(1, len(spoilt.paths)):
+    for name in ("gone.png", "link.png", "d/in.png"):
         for kind in ("picture", "thumbnail"):
-            assert client.get(f"/{kind}/{row}").status_code == 404
+            assert client.get(f"/{kind}/{row_of(spoilt, name)}").status_code == 404
 
 
 def test_a_picture_bomb_is_refused(spoilt, retriever):
     client = TestClient(make_page(spoilt, retriever), base_url="http://127.0.0.1:7860")
     query = client.post("/say", content="a star").json()["query"]
-    for path in ("/picture/0", "/thumbnail/0", f"/map/{query}/0"):
+    row = row_of(spoilt, "bomb.png")
+    for path in (f"/picture/{row}", f"/thumbnail/{row}", f"/map/{query}/{row}"):
         response = client.get(path)
         assert response.status_code == 400
         assert "pixels" in response.json()["error"]
@@ -203,10 +201,12 @@ def test_a_name_that_is_no_utf8_is_shown_all_the_same(spoilt, retriever):
     client = TestClient(make_page(spoilt, retriever), base_url="http://127.0.0.1:7860")
     results = client.post("/say", content="a star").json()["results"]
     assert "f\\xe9.png" in [one["name"] for one in results]
+    row = row_of(spoilt, "f\udce9.png")
+    assert client.get(f"/picture/{row}").status_code == 200
 
 
 def test_pictures_are_sent_small_and_without_what_a_camera_wrote(client, shelf):
-    row = shelf.paths.index(f"{HOSTILE}.jpg")
+    row = row_of(shelf, f"{HOSTILE}.jpg")
     for kind, size in (("thumbnail", (320, 107)), ("picture", (900, 300))):
         response = client.get(f"/{kind}/{row}")
         picture = Image.open(io.BytesIO(response.content))
@@ -422,7 +422,7 @@ def test_more_pictures_and_one_not_found(opened, shelf):
     page.get_by_role("button", name="Say it").click()
     page.get_by_role("button", name="Show more pictures").click()
     page.locator("#grid li").nth(12).wait_for()
-    names = [page.locator("#grid .name").nth(i).inner_text() for i in range(len(shelf.paths))]
+    names = [page.locator("#grid .name").nth(i).inner_text() for i in range(len(shelf))]
     assert f"{HOSTILE}.jpg" in names
     page.get_by_label("Number").fill("14")
     page.get_by_role("button", name="Note it").click()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cmdlab.corpora import load_corpus
 from cmdlab.errors import InputError
+from cmdlab.search import Index
 from cmdlab.search.verdicts import LOG, Verdict, log_verdict, read_verdicts
 from cmdlab.search.worth import (
     Trials,
@@ -25,18 +26,6 @@ from cmdlab.search.worth import (
 )
 
 HOSTILE = "<script>alert(1)</script>.png"
-
-
-class Shelf:
-    """Pictures with their vectors, searched by the plain product."""
-
-    def __init__(self, root: Path, folder: Path, paths: list[str], vectors: np.ndarray) -> None:
-        self.root, self.folder, self.paths, self.vectors = root, folder, paths, vectors
-
-    def search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores = self.vectors @ query
-        rows = np.argsort(-scores, kind="stable")[:k]
-        return rows, scores[rows]
 
 
 def trials(ranks, *, gallery=100, seconds=2.0, picture=None):
@@ -95,7 +84,7 @@ def test_queries_of_one_picture_alone_say_nothing():
 
 
 @pytest.fixture(scope="module")
-def own(smoke_corpus, retriever, tmp_path_factory):
+def own(smoke_corpus, make_index, tmp_path_factory):
     """A folder of pictures with its index, recordings beside it, and a table of pairs."""
     corpus = load_corpus(smoke_corpus, "test")
     folder = tmp_path_factory.mktemp("own")
@@ -111,11 +100,7 @@ def own(smoke_corpus, retriever, tmp_path_factory):
             (f"recordings/{caption.audio.name}", f"pictures/{images[caption.image_id].name}")
         )
     write_pairs(folder / "pairs.csv", rows)
-    files = sorted((folder / "pictures").iterdir())
-    index = folder / "index"
-    index.mkdir()
-    vectors = retriever.embed_images(files)
-    return Shelf(folder / "pictures", index, [file.name for file in files], vectors), folder, rows
+    return make_index(folder / "pictures"), folder, rows
 
 
 def write_pairs(file: Path, rows) -> None:
@@ -124,28 +109,29 @@ def write_pairs(file: Path, rows) -> None:
 
 
 def test_own_pairs_are_ranked_among_all_pictures_of_the_index(own, retriever):
-    shelf, folder, rows = own
-    found = trials_of_pairs(shelf, retriever, folder / "pairs.csv")
+    index, folder, rows = own
+    names = [index.path(row) for row in range(len(index))]
+    found = trials_of_pairs(index, retriever, folder / "pairs.csv")
     for rank, (audio, image) in zip(found.rank, rows, strict=True):
-        scores = shelf.vectors @ retriever.embed_speech(folder / audio)
-        assert rank == 1 + (scores > scores[shelf.paths.index(Path(image).name)]).sum()
-    assert set(found.gallery) == {len(shelf.paths)}
+        scores = dict(
+            zip(names, index.vectors @ retriever.embed_speech(folder / audio), strict=True)
+        )
+        assert rank == 1 + sum(score > scores[Path(image).name] for score in scores.values())
+    assert set(found.gallery) == {len(index)}
     assert found.seconds.min() > 0.5
 
 
-def test_the_same_picture_twice_counts_as_shown_before(own, retriever):
+def test_the_same_picture_twice_counts_as_shown_before(own, make_index, retriever, tmp_path):
     """Ties count against the search."""
-    shelf, folder, _ = own
-    twice = Shelf(
-        shelf.root,
-        shelf.folder,
-        [*shelf.paths, *(f"copy-{path}" for path in shelf.paths)],
-        np.concatenate([shelf.vectors, shelf.vectors]),
-    )
-    once = trials_of_pairs(shelf, retriever, folder / "pairs.csv").rank
-    np.testing.assert_array_equal(
-        trials_of_pairs(twice, retriever, folder / "pairs.csv").rank, 2 * once
-    )
+    index, folder, rows = own
+    for place in ("pictures", "recordings"):
+        shutil.copytree(folder / place, tmp_path / place)
+    for picture in list((tmp_path / "pictures").iterdir()):
+        shutil.copy(picture, picture.with_name(f"copy-{picture.name}"))
+    write_pairs(tmp_path / "pairs.csv", rows)
+    twice = trials_of_pairs(make_index(tmp_path / "pictures"), retriever, tmp_path / "pairs.csv")
+    once = trials_of_pairs(index, retriever, folder / "pairs.csv")
+    np.testing.assert_array_equal(twice.rank, 2 * once.rank)
 
 
 @pytest.mark.parametrize(
@@ -157,11 +143,11 @@ def test_the_same_picture_twice_counts_as_shown_before(own, retriever):
     ],
 )
 def test_a_pair_that_cannot_be_used_is_named(own, retriever, row, message):
-    shelf, folder, rows = own
+    index, folder, rows = own
     bad = tuple(new or old for new, old in zip(row, rows[0], strict=True))
     write_pairs(folder / "bad.csv", [*rows, bad])
     with pytest.raises(InputError, match=message) as refused:
-        trials_of_pairs(shelf, retriever, folder / "bad.csv")
+        trials_of_pairs(index, retriever, folder / "bad.csv")
     assert str(refused.value).startswith(f"{folder / 'bad.csv'}: line 10: ")
 
 
@@ -228,12 +214,19 @@ def test_without_a_log_the_remedy_is_told(tmp_path):
         read_verdicts(tmp_path)
 
 
-def test_the_sheet_opens_offline_with_its_text_escaped(tmp_path):
-    shelf = Shelf(tmp_path, tmp_path, [], np.zeros((0, 2)))
+@pytest.fixture
+def said(own) -> Index:
+    """The index, with nothing said of it yet."""
+    index, _, _ = own
+    (index.folder / LOG).unlink(missing_ok=True)
+    return index
+
+
+def test_the_sheet_opens_offline_with_its_text_escaped(said, tmp_path):
     for rank in (1, 2, 30, None):
-        log_verdict(tmp_path, Verdict("typed", 2.0, 400, rank, f"{rank}{HOSTILE}"))
+        log_verdict(said.folder, Verdict("typed", 2.0, 400, rank, f"{rank}{HOSTILE}"))
     sheet = tmp_path / "worth.html"
-    write_worth(shelf, None, sheet, price=2.5, currency="<b>EUR</b>", seconds_per_picture=1.5)
+    write_worth(said, None, sheet, price=2.5, currency="<b>EUR</b>", seconds_per_picture=1.5)
     first = sheet.read_bytes()
     page = BeautifulSoup(first, "html.parser")
     assert page.find("script") is None
@@ -246,14 +239,13 @@ def test_the_sheet_opens_offline_with_its_text_escaped(tmp_path):
     assert any("Cost" in heading for heading in headings)
     cells = [cell.text for cell in page.select("#cost-table td")]
     assert "0.0250 <b>EUR</b>" in cells  # 2.5 over a hundred searches
-    write_worth(shelf, None, sheet, price=2.5, currency="<b>EUR</b>", seconds_per_picture=1.5)
+    write_worth(said, None, sheet, price=2.5, currency="<b>EUR</b>", seconds_per_picture=1.5)
     assert sheet.read_bytes() == first
 
 
-def test_without_a_price_nothing_is_said_of_cost(tmp_path):
-    shelf = Shelf(tmp_path, tmp_path, [], np.zeros((0, 2)))
+def test_without_a_price_nothing_is_said_of_cost(said, tmp_path):
     for rank in (1, 2):
-        log_verdict(tmp_path, Verdict("typed", 2.0, 400, rank))
-    write_worth(shelf, None, tmp_path / "worth.html")
+        log_verdict(said.folder, Verdict("typed", 2.0, 400, rank))
+    write_worth(said, None, tmp_path / "worth.html")
     page = BeautifulSoup((tmp_path / "worth.html").read_bytes(), "html.parser")
     assert page.find(id="cost") is None
