@@ -13,7 +13,6 @@ the rounding of its sum and of its result to bfloat16.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +29,10 @@ SMALLEST = 1e-30  # of a row's unit, so that nothing of it underflows
 
 @dataclass(frozen=True)
 class Gallery:
-    """Vectors to search in, as `quantise` gives them; all arrays may be memory-mapped."""
+    """Vectors to search in, as `quantise` gives them.
+
+    All arrays may be memory-mapped: copy-on-write, since torch warns of what is read-only.
+    """
 
     vectors: NDArray[np.float32]  # [N, D], of norm 1 at most
     codes: NDArray[np.int8]  # [N, D and zeros up to a multiple of MULTIPLE]
@@ -54,7 +56,7 @@ class Gallery:
         the same. Raises ValueError for a query of another size or that is not finite, for k
         below 1, and for another impl; ImportError where faiss was asked for and is not installed.
         """
-        query = np.ascontiguousarray(query, np.float32)
+        query = np.array(query, np.float32)
         if query.shape != self.vectors.shape[1:] or not np.isfinite(query).all():
             raise ValueError(f"the query must be {self.vectors.shape[1]} finite numbers")
         if k < 1 or impl not in IMPLS:
@@ -79,11 +81,11 @@ class Gallery:
         rounded = torch.from_numpy(query).bfloat16()
         moved = float(np.linalg.norm(query.astype(np.float64) - rounded.double().numpy()))
         norm = float(np.linalg.norm(query.astype(np.float64)))
-        codes, units = _tensor(self.codes), _tensor(self.units).bfloat16()
+        codes, units = torch.from_numpy(self.codes), torch.from_numpy(self.units).bfloat16()
         padded = torch.nn.functional.pad(rounded, (0, codes.shape[1] - len(rounded)))
         scores = torch._weight_int8pack_mm(padded[None], codes, units)[0].float()
         reach = LONGEST + float(self.residuals.max())  # ‖s c‖ at most
-        bound = _tensor(self.residuals) * (norm * (1 + 2.0**-20))
+        bound = torch.from_numpy(self.residuals) * (norm * (1 + 2.0**-20))
         bound += reach * (moved + ROUNDED_SUM * (norm + moved)) + 1e-30
         bound.addcmul_(scores.abs(), torch.tensor(ROUNDED_RESULT))
         # k rows are at least as high as the k-th highest of any maxima. A maximum is taken over
@@ -153,14 +155,3 @@ def _scores(
     exact = query.astype(np.float64)
     blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
     return np.concatenate([(vectors[block] * exact).sum(axis=1) for block in blocks])
-
-
-def _tensor(array: NDArray[Any]) -> Any:
-    """A tensor over the same memory; nobody writes to it, which numpy cannot tell to torch."""
-    import warnings
-
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
