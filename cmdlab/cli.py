@@ -11,6 +11,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -175,13 +176,10 @@ def _sweep(chosen: Namespace) -> None:
 def _index(chosen: Namespace) -> None:
     from cmdlab.search import index_pictures
 
-    pictures = chosen.pictures
-    index = chosen.output or pictures.with_name(f"{pictures.resolve().name}.index")
-    print(
-        index_pictures(
-            pictures, index, chosen.model, lambda: _retriever(chosen, chosen.model), workers=None
-        )
-    )
+    pictures = Path(os.path.abspath(chosen.pictures))
+    index = chosen.output or pictures.with_name(f"{pictures.name}.index")
+    open_model = partial(_retriever, chosen, chosen.model)
+    print(index_pictures(chosen.pictures, index, chosen.model, open_model))
 
 
 def _search(chosen: Namespace) -> None:
@@ -606,7 +604,7 @@ def _parser() -> ArgumentParser:
         "operations",
         nargs="*",
         metavar="OPERATION",
-        help="retrieval_ranks, denoising_attention, info_nce; default: all",
+        help="retrieval_ranks, denoising_attention, info_nce, nearest; default: all",
     )
     bench.add_argument("--device", choices=["cpu", "cuda"], default=None, help="default: the GPU")
     bench.add_argument("--quick", action="store_true", help="small shapes only")

@@ -368,8 +368,11 @@ def _look_at_all(
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     with tqdm(total=len(doubtful), unit=" pictures", disable=not progress) as bar:
         try:
-            futures = [pool.submit(_look_at, batch, pictures, known, embedder) for batch in batches]
-            for batch, future in zip(batches, futures, strict=True):
+            first, *others = batches  # the first alone: a network is opened when it is first used
+            yield _look_at(first, pictures, known, embedder)
+            bar.update(len(first))
+            futures = [pool.submit(_look_at, batch, pictures, known, embedder) for batch in others]
+            for batch, future in zip(others, futures, strict=True):
                 yield future.result()
                 bar.update(len(batch))
         finally:

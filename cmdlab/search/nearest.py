@@ -23,7 +23,8 @@ COLUMNS = 1024  # maxima from which the scan takes its threshold
 BLOCK = 65_536  # rows in float64 at a time
 LONGEST = 1.001  # norm of a row: 1, and rounding
 ROUNDED_RESULT = 2.0**-7  # of a score: to bfloat16, perhaps twice; half of it were enough for once
-ROUNDED_SUM = 2.0**-14  # of the norms: float32 sums of up to 4,096 products, in any order
+WIDEST = 4096  # dimensions for which ROUNDED_SUM holds
+ROUNDED_SUM = 2.0**-11  # of the norms: twice WIDEST roundings of a float32 sum, in any order
 SMALLEST = 1e-30  # of a row's unit, so that nothing of it underflows
 
 
@@ -69,13 +70,13 @@ class Gallery:
         elif impl == "faiss":
             candidates = self._by_faiss(query, k)
         else:
-            candidates = self._by_scan(query, k)
+            candidates = self.candidates(query, k)
         scores = _scores(self.vectors, candidates, query)
         order = np.lexsort((candidates, -scores))[:k]
         return scores[order], candidates[order]
 
-    def _by_scan(self, query: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-        """Rows, ascending, among which the k nearest are for certain."""
+    def candidates(self, query: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+        """Rows, ascending, among which the k ≤ N nearest to a query float32 [D] are for certain."""
         import torch
 
         rounded = torch.from_numpy(query).bfloat16()
@@ -118,9 +119,11 @@ def quantise(
     """Codes int8 [N, D padded], units float32 [N], residuals float32 [N] of vectors float32 [N, D].
 
     A row's unit makes its largest entry 127, rounded up to bfloat16.
-    Raises ValueError for a vector that is not finite or longer than 1.
+    Raises ValueError for a vector that is not finite or longer than 1, and for D over WIDEST.
     """
     dimensions = vectors.shape[1]
+    if dimensions > WIDEST:
+        raise ValueError(f"vectors have {dimensions} dimensions, over the limit of {WIDEST}")
     codes = np.zeros((len(vectors), padded(dimensions)), np.int8)
     units, residuals = np.empty((2, len(vectors)), np.float32)
     for start in range(0, len(vectors), BLOCK):

@@ -63,7 +63,7 @@ def test_few_rows_of_many_are_scored_again():
     vectors = unit(generator.standard_normal((50_000, 256)))
     gallery = Gallery.of(vectors)
     query = unit(generator.standard_normal((1, 256)))[0]
-    assert 12 <= len(gallery._by_scan(query, 12)) < 500
+    assert 12 <= len(gallery.candidates(query, 12)) < 500
 
 
 def test_vectors_may_stay_on_disk(tmp_path):
