@@ -15,7 +15,7 @@ from cmdlab.corpora.ground_truth import (
 from cmdlab.corpora.images import read_image
 from cmdlab.corpora.importing import import_corpus
 from cmdlab.corpora.loading import load_corpus, read_identity
-from cmdlab.corpora.pairs import bytes_of
+from cmdlab.corpora.pairs import bytes_of, read_pairs_csv
 from cmdlab.corpora.rendering import IMAGE_SIZE, render
 from cmdlab.corpora.scenes import COLOURS, SHAPES, sample_captions, sample_scene, vocabulary
 from cmdlab.corpora.speaking import PRETRAINING_VOICES, Utterance, speak
@@ -56,6 +56,7 @@ __all__ = [
     "read_ground_truth",
     "read_identity",
     "read_image",
+    "read_pairs_csv",
     "read_speech",
     "render",
     "sample_captions",
