@@ -217,11 +217,12 @@ def _search(chosen: Namespace) -> None:
 
 
 def _retriever(chosen: Namespace, model: str) -> Any:
+    from cmdlab.experiment import pick_device
     from cmdlab.search import Retriever
 
     return Retriever(
         model,
-        device=chosen.device,
+        device=pick_device(chosen.device),
         speech_weights=chosen.speech_weights,
         image_weights=chosen.image_weights,
     )
@@ -284,17 +285,11 @@ def _evaluate(chosen: Namespace) -> None:
 
 
 def _encode(chosen: Namespace) -> None:
-    from cmdlab.experiment import pick_device
-    from cmdlab.search import Retriever, encode_files, encode_pairs
+    from cmdlab.search import encode_files, encode_pairs
 
     if bool(chosen.files) == bool(chosen.pairs):
         raise InputError("give either FILES or --pairs FILE.csv")
-    retriever = Retriever(
-        chosen.model,
-        device=pick_device(chosen.device),
-        speech_weights=chosen.speech_weights,
-        image_weights=chosen.image_weights,
-    )
+    retriever = _retriever(chosen, chosen.model)
     if chosen.pairs:
         encode_pairs(retriever, chosen.pairs, chosen.output)
     else:
@@ -713,14 +708,7 @@ def _parser() -> ArgumentParser:
         "--model", required=True, metavar="MODEL", help="a module's name, or a folder as RUN/model"
     )
     encode.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.npz")
-    for kind in ("speech", "image"):
-        encode.add_argument(
-            f"--{kind}-weights",
-            default="",
-            metavar="PATH",
-            help=f"the {kind} encoder's weights, where they were given in training too",
-        )
-    encode.add_argument("--device", default="auto", help="default: a GPU where there is one")
+    _add_frozen_encoders(encode)
 
     module = commands.add_parser("module", help="hand on a trained model, by a folder or a hub")
     ways = module.add_subparsers(metavar="make|push|pull", required=True)
@@ -780,9 +768,9 @@ def _add_frozen_encoders(command: _Parser) -> None:
             f"--{kind}-weights",
             default="",
             metavar="PATH",
-            help=f"of the model's {kind} encoder, where they are neither shipped nor downloaded",
+            help=f"the {kind} encoder's weights, where they were given in training too",
         )
-    command.add_argument("--device", default="cpu", help="default: %(default)s")
+    command.add_argument("--device", default="auto", help="default: a GPU where there is one")
 
 
 def _command(
