@@ -1,5 +1,6 @@
 """How good is it, and how sure: embeddings to ranks to Recall@K, intervals; knows no model."""
 
+from cmdlab.evaluation.npz import write_npz
 from cmdlab.evaluation.ranks import RankTable, evaluate_file, rank_table, retrieval_metrics
 from cmdlab.evaluation.statistics import Comparison, Interval, compare, holm, interval
 from cmdlab.evaluation.voices import Voices
@@ -15,4 +16,5 @@ __all__ = [
     "interval",
     "rank_table",
     "retrieval_metrics",
+    "write_npz",
 ]

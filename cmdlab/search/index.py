@@ -71,7 +71,7 @@ class Index:
             self.dimension = int(manifest["dimension"])
             pictures = os.path.join(os.path.realpath(self.folder), str(manifest["pictures"]))
             self.pictures = Path(os.path.normpath(pictures))
-            self.unreadable = [Unreadable(*one) for one in manifest["unreadable"]]
+            self.unreadable = [Unreadable(**one) for one in manifest["unreadable"]]
             self.generation = str(manifest["generation"])
             if not self.generation.isalnum():
                 raise ValueError("its generation is no name")
@@ -149,7 +149,7 @@ class Index:
 
 
 def _load(path: Path, dtype: Any, dimensions: int) -> NDArray[Any]:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array = np.load(path, mmap_mode="c", allow_pickle=False)  # torch warns of read-only arrays
     if array.dtype != dtype or array.ndim != dimensions or not array.flags.c_contiguous:
         raise ValueError(f"{path.name} is of another kind")
     return array

@@ -110,7 +110,7 @@ def index_pictures(
         kept, done.unreadable, doubtful = _compare(found, before)
         manifest = _Manifest(
             FORMAT,
-            str(model),
+            _lasting_name(model),
             identity,
             before.dimension if before else 0,
             os.path.relpath(os.path.realpath(pictures), os.path.realpath(index)),
@@ -147,18 +147,26 @@ def model_identity(model: Path | str) -> str:
 
     It loads no torch. Raises InputError where the files are missing.
     """
-    shipped = SHIPPED / model if isinstance(model, str) and re.fullmatch(r"[\w-]+", model) else None
-    folder = shipped if shipped and shipped.is_dir() else Path(model)
+    folder = Path(_lasting_name(model))
+    folder = SHIPPED / folder if not folder.is_absolute() else folder
     digest = hashlib.sha256()
-    try:
-        for name in ("model.json", "model.safetensors"):
+    for name in ("model.json", "model.safetensors"):
+        try:
             digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
-    except OSError as error:
-        raise InputError(
-            f"{folder}: holds no trained model ({error.strerror}: {name}); give its folder, as "
-            "RUN/model, or the name of one that ships"
-        ) from error
+        except OSError as error:
+            raise InputError(
+                f"{folder / name}: cannot be read ({error.strerror}); give a trained model's "
+                "folder, as RUN/model, or the name of one that ships"
+            ) from error
     return digest.hexdigest()
+
+
+def _lasting_name(model: Path | str) -> str:
+    """The name of a module that ships, as it is, or a folder, wherever one stands."""
+    ships = (
+        isinstance(model, str) and "/" not in model and (SHIPPED / model / "model.json").exists()
+    )
+    return str(model) if ships else os.path.abspath(model)
 
 
 class _Found(NamedTuple):
@@ -360,8 +368,11 @@ def _look_at_all(
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     with tqdm(total=len(doubtful), unit=" pictures", disable=not progress) as bar:
         try:
-            futures = [pool.submit(_look_at, batch, pictures, known, embedder) for batch in batches]
-            for batch, future in zip(batches, futures, strict=True):
+            first, *others = batches  # the first alone: a network is opened when it is first used
+            yield _look_at(first, pictures, known, embedder)
+            bar.update(len(first))
+            futures = [pool.submit(_look_at, batch, pictures, known, embedder) for batch in others]
+            for batch, future in zip(others, futures, strict=True):
                 yield future.result()
                 bar.update(len(batch))
         finally:
@@ -390,7 +401,7 @@ def _look_at(
     firsts = [alike[0] for alike in new.values()]
     for first, vector in zip(firsts, _vectors(firsts, pictures, embedder), strict=True):
         if isinstance(vector, str):
-            looked.unreadable += [_unreadable(one, vector) for one in new[first.hash]]
+            looked.unreadable.extend(_unreadable(one, vector) for one in new[first.hash])
         else:
             looked.fresh[first.hash] = vector
             looked.pictures.extend(new[first.hash])

@@ -13,7 +13,6 @@ the rounding of its sum and of its result to bfloat16.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +23,17 @@ COLUMNS = 1024  # maxima from which the scan takes its threshold
 BLOCK = 65_536  # rows in float64 at a time
 LONGEST = 1.001  # norm of a row: 1, and rounding
 ROUNDED_RESULT = 2.0**-7  # of a score: to bfloat16, perhaps twice; half of it were enough for once
-ROUNDED_SUM = 2.0**-14  # of the norms: float32 sums of up to 4,096 products, in any order
+WIDEST = 4096  # dimensions for which ROUNDED_SUM holds
+ROUNDED_SUM = 2.0**-11  # of the norms: twice WIDEST roundings of a float32 sum, in any order
 SMALLEST = 1e-30  # of a row's unit, so that nothing of it underflows
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Vectors to search in, as `quantise` gives them; all arrays may be memory-mapped."""
+    """Vectors to search in, as `quantise` gives them.
+
+    All arrays may be memory-mapped: copy-on-write, since torch warns of what is read-only.
+    """
 
     vectors: NDArray[np.float32]  # [N, D], of norm 1 at most
     codes: NDArray[np.int8]  # [N, D and zeros up to a multiple of MULTIPLE]
@@ -54,7 +57,7 @@ class Gallery:
         the same. Raises ValueError for a query of another size or that is not finite, for k
         below 1, and for another impl; ImportError where faiss was asked for and is not installed.
         """
-        query = np.ascontiguousarray(query, np.float32)
+        query = np.array(query, np.float32)
         if query.shape != self.vectors.shape[1:] or not np.isfinite(query).all():
             raise ValueError(f"the query must be {self.vectors.shape[1]} finite numbers")
         if k < 1 or impl not in IMPLS:
@@ -67,23 +70,23 @@ class Gallery:
         elif impl == "faiss":
             candidates = self._by_faiss(query, k)
         else:
-            candidates = self._by_scan(query, k)
+            candidates = self.candidates(query, k)
         scores = _scores(self.vectors, candidates, query)
         order = np.lexsort((candidates, -scores))[:k]
         return scores[order], candidates[order]
 
-    def _by_scan(self, query: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-        """Rows, ascending, among which the k nearest are for certain."""
+    def candidates(self, query: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+        """Rows, ascending, among which the k ≤ N nearest to a query float32 [D] are for certain."""
         import torch
 
         rounded = torch.from_numpy(query).bfloat16()
         moved = float(np.linalg.norm(query.astype(np.float64) - rounded.double().numpy()))
         norm = float(np.linalg.norm(query.astype(np.float64)))
-        codes, units = _tensor(self.codes), _tensor(self.units).bfloat16()
+        codes, units = torch.from_numpy(self.codes), torch.from_numpy(self.units).bfloat16()
         padded = torch.nn.functional.pad(rounded, (0, codes.shape[1] - len(rounded)))
         scores = torch._weight_int8pack_mm(padded[None], codes, units)[0].float()
         reach = LONGEST + float(self.residuals.max())  # ‖s c‖ at most
-        bound = _tensor(self.residuals) * (norm * (1 + 2.0**-20))
+        bound = torch.from_numpy(self.residuals) * (norm * (1 + 2.0**-20))
         bound += reach * (moved + ROUNDED_SUM * (norm + moved)) + 1e-30
         bound.addcmul_(scores.abs(), torch.tensor(ROUNDED_RESULT))
         # k rows are at least as high as the k-th highest of any maxima. A maximum is taken over
@@ -116,9 +119,11 @@ def quantise(
     """Codes int8 [N, D padded], units float32 [N], residuals float32 [N] of vectors float32 [N, D].
 
     A row's unit makes its largest entry 127, rounded up to bfloat16.
-    Raises ValueError for a vector that is not finite or longer than 1.
+    Raises ValueError for a vector that is not finite or longer than 1, and for D over WIDEST.
     """
     dimensions = vectors.shape[1]
+    if dimensions > WIDEST:
+        raise ValueError(f"vectors have {dimensions} dimensions, over the limit of {WIDEST}")
     codes = np.zeros((len(vectors), padded(dimensions)), np.int8)
     units, residuals = np.empty((2, len(vectors)), np.float32)
     for start in range(0, len(vectors), BLOCK):
@@ -153,14 +158,3 @@ def _scores(
     exact = query.astype(np.float64)
     blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
     return np.concatenate([(vectors[block] * exact).sum(axis=1) for block in blocks])
-
-
-def _tensor(array: NDArray[Any]) -> Any:
-    """A tensor over the same memory; nobody writes to it, which numpy cannot tell to torch."""
-    import warnings
-
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)

@@ -63,14 +63,14 @@ def test_few_rows_of_many_are_scored_again():
     vectors = unit(generator.standard_normal((50_000, 256)))
     gallery = Gallery.of(vectors)
     query = unit(generator.standard_normal((1, 256)))[0]
-    assert 12 <= len(gallery._by_scan(query, 12)) < 500
+    assert 12 <= len(gallery.candidates(query, 12)) < 500
 
 
 def test_vectors_may_stay_on_disk(tmp_path):
     vectors = unit(np.random.default_rng(1).standard_normal((300, 32)))
     for name, array in vars(Gallery.of(vectors)).items():
         np.save(tmp_path / f"{name}.npy", array)
-    mapped = {path.stem: np.load(path, mmap_mode="r") for path in tmp_path.glob("*.npy")}
+    mapped = {path.stem: np.load(path, mmap_mode="c") for path in tmp_path.glob("*.npy")}
     for found, expected in zip(
         Gallery(**mapped).nearest(vectors[7], 5), plain(vectors, vectors[7], 5), strict=True
     ):
