@@ -40,7 +40,7 @@ from cmdlab.encoders import (
 from cmdlab.errors import InputError, nearest
 from cmdlab.evaluation import Voices, rank_table, retrieval_metrics
 from cmdlab.experiment.alignment import foil_test, pointing_game
-from cmdlab.records import write_json
+from cmdlab.records import read_result, write_json
 from cmdlab.retrieval import (
     Denoising,
     RetrievalModel,
@@ -48,6 +48,8 @@ from cmdlab.retrieval import (
     Training,
     embed,
     embed_speech,
+    first_process_first,
+    is_first_process,
     parameters_of,
     train,
 )
@@ -151,7 +153,8 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Train one model and measure it; `recipe` changes fields of `Training` or `Denoising`.
 
-    A run that was stopped goes on from its checkpoint. Returns what result.json holds.
+    A run that was stopped goes on from its checkpoint. Under `joined` the processes train it
+    together, in folders that all share. Returns what result.json holds.
     Raises InputError for a name that is no field of either, and for a folder that holds a finished
     run.
     """
@@ -170,18 +173,23 @@ def run_experiment(
         raise InputError(f"{run_folder}: holds a finished run; choose another folder or remove it")
     run_folder.mkdir(parents=True, exist_ok=True)
     checkpoint = run_folder / "checkpoint.pt"
-    data = open_data(
-        corpus,
-        speech_encoder=speech_encoder,
-        image_encoder=image_encoder,
-        online=online,
-        features=features,
-        device=device,
-        skip_bad=skip_bad,
-    )
+    with first_process_first():
+        data = open_data(
+            corpus,
+            speech_encoder=speech_encoder,
+            image_encoder=image_encoder,
+            online=online,
+            features=features,
+            device=device,
+            skip_bad=skip_bad,
+        )
     trained = train(training, data.train, data.validation, device=device, checkpoint=checkpoint)
-    result = measure(data, trained, training, run_folder, device=device)
-    checkpoint.unlink()
+    with first_process_first():
+        if is_first_process():
+            result = measure(data, trained, training, run_folder, device=device)
+            checkpoint.unlink()
+        else:
+            result = read_result(run_folder / "result.json")
     return result
 
 
@@ -235,7 +243,7 @@ def measure(
             "inference_parameters": _count(model),
             **inference_cost(model, data.test),
             "training_seconds": trained.seconds,
-            "steps": training.steps,
+            "steps": trained.curve[-1]["step"],
             "peak_memory_bytes": trained.peak_memory_bytes,
         },
         "alignment": (

@@ -2,6 +2,7 @@
 
 from cmdlab.retrieval.denoising import Denoising
 from cmdlab.retrieval.model import RetrievalModel
+from cmdlab.retrieval.parallel import first_process_first, is_first_process, joined
 from cmdlab.retrieval.recipe import parameters_of
 from cmdlab.retrieval.training import (
     Trained,
@@ -21,6 +22,9 @@ __all__ = [
     "embed",
     "embed_images",
     "embed_speech",
+    "first_process_first",
+    "is_first_process",
+    "joined",
     "parameters_of",
     "rank",
     "train",
