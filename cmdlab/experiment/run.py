@@ -96,8 +96,9 @@ def open_data(
     folder = features or Path(f"{os.path.abspath(corpus)}.features")
     load = load_usable if skip_bad else load_corpus
     corpora = [load(corpus, split) for split in SPLITS]
-    for problem in dict.fromkeys(problem for split in corpora for problem in split.left_out):
-        print(f"left out: {corpus}: {problem}", file=sys.stderr)
+    if is_first_process():
+        for problem in dict.fromkeys(problem for split in corpora for problem in split.left_out):
+            print(f"left out: {corpus}: {problem}", file=sys.stderr)
     test = corpora[-1]
     truth, foils = read_ground_truth(test), read_foils(test)
     if foils and skip_bad:

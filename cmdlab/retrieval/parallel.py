@@ -281,7 +281,7 @@ def _share(total: int) -> Tensor:
 
 def _behind(denoisers: nn.ModuleDict) -> int:
     """1 where a row's context is that of the row before it, else 0."""
-    return int(any(one.settings.context == "other" for one in denoisers.values()))
+    return int(any(cast(Denoiser, one).settings.context == "other" for one in denoisers.values()))
 
 
 def _part(batch: Batch, first: int, last: int, device: torch.device) -> Batch:
