@@ -126,7 +126,15 @@ def _cost(study: Study) -> Section:
         else:
             sentences.append(f"The arms differ in {name} at retrieval, see the table.")
     sentences.append("The denoiser is used in training alone, and no exported model holds it.")
-    return Section("cost", "Cost", [paragraph("{}", " ".join(sentences)), tables.cost_table(study)])
+    blocks = [paragraph("{}", " ".join(sentences)), tables.cost_table(study)]
+    queries = {
+        run.record["cost"]["retrieval_flops_per_query"]
+        for arm in tables.arms_with_retrieval_cost(study)
+        for run in study.of(arm)
+    }
+    if len(queries) > 1:  # where all cost the same there is nothing to weigh
+        blocks += [figures.retrieval_cost_figure(study), tables.retrieval_cost_table(study)]
+    return Section("cost", "Cost", blocks)
 
 
 def _alignment(study: Study) -> Section:

@@ -4,6 +4,7 @@ from cmdlab.retrieval.denoising import Denoising
 from cmdlab.retrieval.model import RetrievalModel
 from cmdlab.retrieval.recipe import parameters_of
 from cmdlab.retrieval.training import (
+    Ranker,
     Trained,
     Training,
     embed,
@@ -15,6 +16,7 @@ from cmdlab.retrieval.training import (
 
 __all__ = [
     "Denoising",
+    "Ranker",
     "RetrievalModel",
     "Trained",
     "Training",

@@ -24,8 +24,11 @@ from cmdlab.errors import InputError, check_seed, check_types
 from cmdlab.evaluation import RankTable, rank_table, retrieval_metrics
 from cmdlab.outputs import write_file
 from cmdlab.retrieval.denoising import Denoising
+from cmdlab.retrieval.dense import Dense
 from cmdlab.retrieval.losses import Batch, make_denoisers, training_losses
+from cmdlab.retrieval.matching import Matching
 from cmdlab.retrieval.model import RetrievalModel, Shape
+from cmdlab.retrieval.momentum import MomentumQueue
 from cmdlab.retrieval.recipe import check_choices, parameter
 
 
@@ -46,13 +49,19 @@ class Training:
         choices=("global", "patches"),
     )
     validate_every: int = parameter(100, "steps from one validation to the next")
+    method: str = parameter(
+        "contrastive",
+        "the contrastive loss, or what denoising is compared with",
+        choices=("contrastive", "matching", "queue", "dense"),
+    )
+    rerank: int = parameter(32, "candidates of a query that method=matching orders again")
     weight: float = parameter(0.0, "weight of the denoising loss; 0 is contrastive training alone")
     denoising: Denoising = field(default_factory=Denoising)
 
     def __post_init__(self) -> None:
         check_types(self)
         check_choices(self)
-        for name in ("steps", "batch_size", "validate_every"):
+        for name in ("steps", "batch_size", "validate_every", "rerank"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is not at least 1")
         for name in ("learning_rate", "gradient_clip"):
@@ -62,6 +71,14 @@ class Training:
         for name in ("warm_up", "weight_decay", "weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}: {getattr(self, name)} is not at least 0 and finite")
+        if self.weight and self.method != "contrastive":
+            raise InputError(
+                f"weight: {self.weight} is of denoising beside the contrastive loss, and method is "
+                f"{self.method}; give weight 0, or method contrastive"
+            )
+
+
+Ranker = Matching | Dense  # rank at retrieval, in place of dot products of embeddings
 
 
 @dataclass
@@ -74,6 +91,11 @@ class Trained:
     validation: dict[str, Any]  # metrics of the last validation, as `retrieval_metrics` gives them
     seconds: float  # of training steps, validation left out
     peak_memory_bytes: int  # of the process on a CPU, of what torch held on a GPU
+    competitor: Ranker | MomentumQueue | None = None  # of a method other than contrastive
+
+    @property
+    def ranker(self) -> Ranker | None:
+        return self.competitor if isinstance(self.competitor, Matching | Dense) else None
 
 
 def train(
@@ -108,7 +130,11 @@ def train(
     torch.manual_seed(seed)  # the heads are the same whether there is a denoiser or not
     denoisers = make_denoisers(training.denoising, shape, patches) if training.weight else None
     trained = Trained(model, (denoisers or nn.ModuleDict()).to(device), [], {}, 0.0, 0)
+    competitor = _make_competitor(training, model)
     parameters = [*model.parameters(), *trained.denoisers.parameters()]
+    if competitor is not None:
+        trained.competitor = competitor.to(device)
+        parameters += [one for one in competitor.parameters() if one.requires_grad]
     optimiser = torch.optim.AdamW(
         parameters, training.learning_rate, weight_decay=training.weight_decay
     )
@@ -126,7 +152,11 @@ def train(
         batch = make_batch(
             train_features, _captions_of_step(step, training, train_features), device
         )
-        losses = training_losses(model, trained.denoisers, batch, training.weight, generator)
+        losses = (
+            training_losses(model, trained.denoisers, batch, training.weight, generator)
+            if competitor is None
+            else competitor.losses(model, batch, generator)
+        )
         if not math.isfinite(losses.total.item()):
             raise InputError(
                 f"the loss became {losses.total.item()} at step {step}: "
@@ -141,7 +171,7 @@ def train(
         ends = step + 1 == training.steps
         validates = (step + 1) % training.validate_every == 0 or ends
         if validates:
-            trained.validation = retrieval_metrics(rank(model, validation, device))
+            trained.validation = retrieval_metrics(rank(model, validation, device, trained.ranker))
         if validates or step % 10 == 0:
             trained.curve.append(
                 {
@@ -161,6 +191,17 @@ def train(
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
     return trained
+
+
+def _make_competitor(training: Training, model: RetrievalModel) -> Ranker | MomentumQueue | None:
+    match training.method:
+        case "matching":
+            return Matching(model.shape, training.rerank)
+        case "queue":
+            return MomentumQueue(model, training.steps, training.batch_size)
+        case "dense":
+            return Dense(model.shape)
+    return None
 
 
 def make_batch(features: Features, captions: Tensor, device: str) -> Batch:
@@ -220,8 +261,12 @@ def embed_images(
     return torch.cat(parts)
 
 
-def rank(model: RetrievalModel, features: Features, device: str = "cpu") -> RankTable:
-    """The ranks of a whole split."""
+def rank(
+    model: RetrievalModel, features: Features, device: str = "cpu", ranker: Ranker | None = None
+) -> RankTable:
+    """The ranks of a whole split, by dot products unless a `ranker` has its own way."""
+    if ranker is not None:
+        return ranker.rank(model, features, device)
     speech, image = embed(model, features, device)
     return rank_table(speech, image, features.image_index, torch.arange(len(image)))
 
@@ -254,6 +299,7 @@ def _save_checkpoint(
         "step": step,
         "model": trained.model.state_dict(),
         "denoisers": trained.denoisers.state_dict(),
+        "competitor": trained.competitor.state_dict() if trained.competitor is not None else {},
         "optimiser": optimiser.state_dict(),
         "curve": trained.curve,
         "validation": trained.validation,
@@ -277,6 +323,8 @@ def _load_checkpoint(
             )
         trained.model.load_state_dict(state["model"])
         trained.denoisers.load_state_dict(state["denoisers"])
+        if trained.competitor is not None:
+            trained.competitor.load_state_dict(state["competitor"])
         optimiser.load_state_dict(state["optimiser"])
         trained.curve, trained.validation = state["curve"], state["validation"]
         trained.seconds = state["seconds"]
