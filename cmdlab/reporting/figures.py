@@ -313,6 +313,8 @@ def _costs(
     panel = Panel(identifier, 300)
     axes = panel.axes
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda x, _: _small_or_large(x))
+    axes.xaxis.set_minor_formatter(lambda x, _: "")
     low, high = min(costs.values()), max(costs.values())
     axes.set_xlim(low / (high / low) ** 0.12, high * (high / low) ** 0.12)
     axes.set_ylim(*limits)
@@ -338,7 +340,7 @@ def _costs(
             color=INK,
             fontsize=11,
         )
-        described.append(f"{arm}: {number(one.mean)} at {count(x) if x >= 1 else f'{x:.2g}'}")
+        described.append(f"{arm}: {number(one.mean)} at {_small_or_large(x)}")
     panel.labels(f"Cost of a query, {unit}", f"{unit} a query", "mean R@1, %")
     return panel.svg(f"Mean R@1 against {unit} a query", "; ".join(described) + ".")
 
@@ -371,6 +373,10 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     margin = 0.06 * (high - low) or 1.0
     return max(0.0, low - margin), high + margin
+
+
+def _small_or_large(value: float) -> str:
+    return count(value) if value >= 1000 else f"{value:.2g}"
 
 
 def _sentence(text: str) -> str:

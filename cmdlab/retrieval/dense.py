@@ -111,7 +111,7 @@ class _BestPatch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, frames: Tensor, patches: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, frames: Tensor, patches: Tensor) -> Tensor:
         images, count, _ = patches.shape
         values, places = [], []
         for chunk in patches.split(max(1, PRODUCTS // (len(frames) * count))):
@@ -124,7 +124,7 @@ class _BestPatch(torch.autograd.Function):
         return torch.cat(values, 1)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         frames, patches, chosen = ctx.saved_tensors
         with torch.enable_grad():
             table = patches.detach().flatten(0, 1).requires_grad_()

@@ -88,7 +88,7 @@ def test_the_ranks_of_a_split_are_those_of_its_searches(toy_features):
 
 def test_it_learns_and_ranks_by_what_it_learnt(toy_features):
     torch.set_num_threads(1)
-    training = Training(seed=1, steps=120, batch_size=16, warm_up=5, method="dense")
+    training = Training(seed=1, steps=60, batch_size=16, warm_up=5, method="dense")
     trained = train(training, toy_features(images=30), toy_features(images=30, seed=1))
     assert trained.validation["mean_R@1"] > 10  # by chance it would be 3
     assert trained.ranker is trained.competitor
