@@ -1,6 +1,12 @@
 """How good is it, and how sure: embeddings to ranks to Recall@K, intervals; knows no model."""
 
-from cmdlab.evaluation.ranks import RankTable, evaluate_file, rank_table, retrieval_metrics
+from cmdlab.evaluation.ranks import (
+    RankTable,
+    evaluate_file,
+    rank_table,
+    ranks_of_scores,
+    retrieval_metrics,
+)
 from cmdlab.evaluation.statistics import Comparison, Interval, compare, holm, interval
 from cmdlab.evaluation.voices import Voices
 
@@ -14,5 +20,6 @@ __all__ = [
     "holm",
     "interval",
     "rank_table",
+    "ranks_of_scores",
     "retrieval_metrics",
 ]

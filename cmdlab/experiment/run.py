@@ -8,7 +8,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,12 @@ from cmdlab.experiment.alignment import foil_test, pointing_game
 from cmdlab.records import read_result, write_json
 from cmdlab.retrieval import (
     Denoising,
+    Ranker,
     RetrievalModel,
     Trained,
     Training,
     embed,
+    embed_images,
     embed_speech,
     first_process_first,
     is_first_process,
@@ -218,15 +220,20 @@ def measure(
 
     Returns what result.json holds; `records.py` says what that is. Leaves the model on the CPU.
     """
-    model = trained.model
+    model, ranker = trained.model, trained.ranker
     speech, image = embed(model, data.test, device)
-    table = rank_table(speech, image, data.test.image_index, torch.arange(len(image)))
+    if ranker is None:
+        table = rank_table(speech, image, data.test.image_index, torch.arange(len(image)))
+    else:
+        table = ranker.rank(model, data.test, device)
+        ranker.cpu()
     table.save(run_folder / "ranks.npz")
     heard = {caption.speaker for caption in data.train.corpus.captions}
     spoken = [caption.speaker for caption in data.test.corpus.captions]
     Voices.of(spoken, heard).save(run_folder / "voices.npz")
     model.cpu().eval()
-    model.save_pretrained(run_folder / "model")
+    if ranker is None:  # what is exported retrieves by dot products alone
+        model.save_pretrained(run_folder / "model")
     corpus = data.test.corpus
     result = {
         "metrics": {
@@ -239,10 +246,11 @@ def measure(
         "text_ceiling": text_ceiling(data),
         "learning_curve": trained.curve,
         "cost": {
-            "trainable_parameters": _count(model) + _count(trained.denoisers),
+            "trainable_parameters": _count(model, trained.denoisers, trained.competitor),
             "denoiser_parameters": _count(trained.denoisers),
-            "inference_parameters": _count(model),
+            "inference_parameters": _count(model, ranker),
             **inference_cost(model, data.test),
+            **retrieval_cost(model, data.test, ranker),
             "training_seconds": trained.seconds,
             "steps": trained.curve[-1]["step"],
             "peak_memory_bytes": trained.peak_memory_bytes,
@@ -252,7 +260,7 @@ def measure(
                 "pointing": pointing_game(model, data.test, data.truth, _pointed(data)),
                 "foil": foil_result(data, model, speech, image) if data.foils else None,
             }
-            if data.truth
+            if data.truth and ranker is None  # it is of the embeddings' space
             else None
         ),
         "corpus": {
@@ -330,6 +338,44 @@ def inference_cost(model: RetrievalModel, features: Features) -> dict[str, float
     }
 
 
+def retrieval_cost(
+    model: RetrievalModel, features: Features, ranker: Ranker | None = None
+) -> dict[str, float]:
+    """What ranking the gallery costs a caption of median length: FLOPs, and ms on this CPU.
+
+    The caption's head comes before, see `inference_cost`, and the gallery is at hand as the head
+    and the ranker read it.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    middle = len(features.speech) // 2
+    around = slice(max(0, middle - 15), middle + 15)
+    captions = features.speech.lengths.argsort(stable=True)[around].tolist()
+    search = searcher(model, features, captions, ranker)
+    with FlopCounterMode(display=False) as counter:
+        search(len(captions) // 2)
+    seconds = []
+    for i in range(len(captions)):
+        started = time.perf_counter()
+        search(i)
+        seconds.append(time.perf_counter() - started)
+    return {
+        "retrieval_flops_per_query": counter.get_total_flops(),
+        "retrieval_ms_per_query": 1e3 * statistics.median(seconds),
+    }
+
+
+def searcher(
+    model: RetrievalModel, features: Features, captions: Sequence[int], ranker: Ranker | None = None
+) -> Callable[[int], torch.Tensor]:
+    """A function that scores all images [M] for the i-th of the captions, on the CPU."""
+    if ranker is not None:
+        return ranker.searcher(model, features, captions)
+    speech = embed_speech(model, features.speech, captions, "cpu")
+    image = embed_images(model, features.image, range(len(features.image)), "cpu")
+    return lambda i: (speech[i : i + 1] @ image.T)[0]
+
+
 def _identity(encoder: Encoder) -> dict[str, str]:
     return {"name": encoder.name, "sha256": weights_of(encoder)}
 
@@ -338,8 +384,10 @@ def _pointed(data: Data) -> range:
     return range(min(POINTED_CAPTIONS, len(data.test.speech)))
 
 
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _count(*modules: torch.nn.Module | None) -> int:
+    """Trainable parameters."""
+    parameters = [one for module in modules if module is not None for one in module.parameters()]
+    return sum(one.numel() for one in parameters if one.requires_grad)
 
 
 def make_deterministic() -> None:

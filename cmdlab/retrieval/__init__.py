@@ -5,6 +5,7 @@ from cmdlab.retrieval.model import RetrievalModel
 from cmdlab.retrieval.parallel import first_process_first, is_first_process, joined
 from cmdlab.retrieval.recipe import parameters_of
 from cmdlab.retrieval.training import (
+    Ranker,
     Trained,
     Training,
     embed,
@@ -16,6 +17,7 @@ from cmdlab.retrieval.training import (
 
 __all__ = [
     "Denoising",
+    "Ranker",
     "RetrievalModel",
     "Trained",
     "Training",

@@ -24,8 +24,11 @@ from cmdlab.errors import InputError, check_seed, check_types
 from cmdlab.evaluation import RankTable, rank_table, retrieval_metrics
 from cmdlab.outputs import write_file
 from cmdlab.retrieval.denoising import Denoising
+from cmdlab.retrieval.dense import Dense
 from cmdlab.retrieval.losses import Batch, Losses, make_denoisers, training_losses
+from cmdlab.retrieval.matching import Matching
 from cmdlab.retrieval.model import RetrievalModel, Shape
+from cmdlab.retrieval.momentum import MomentumQueue
 from cmdlab.retrieval.parallel import (
     backward_in_shares,
     check_alike,
@@ -58,6 +61,10 @@ class Training:
     end_learning_rate: float = parameter(0.0, "what it falls to")
     weight_decay: float = parameter(0.01, "weight decay of AdamW")
     gradient_clip: float = parameter(1.0, "largest norm of the gradient")
+    heads: int = parameter(4, "of the attention in the speech head")
+    normalise_layers: bool = parameter(
+        False, "each of the encoder's states before they are mixed, as large encoders want"
+    )
     image_head: str = parameter(
         "global",
         "the frozen embedding alone, or with pooled patches",
@@ -67,13 +74,19 @@ class Training:
     select: str = parameter(
         "last", "the model that is kept, best by validation's mean R@10", choices=("last", "best")
     )
+    method: str = parameter(
+        "contrastive",
+        "the contrastive loss, or what denoising is compared with",
+        choices=("contrastive", "matching", "queue", "dense"),
+    )
+    rerank: int = parameter(32, "candidates of a query that method=matching orders again")
     weight: float = parameter(0.0, "weight of the denoising loss; 0 is contrastive training alone")
     denoising: Denoising = field(default_factory=Denoising)
 
     def __post_init__(self) -> None:
         check_types(self)
         check_choices(self)
-        for name in ("steps", "batch_size", "validate_every"):
+        for name in ("steps", "batch_size", "validate_every", "rerank"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is not at least 1")
         for name in ("learning_rate", "gradient_clip"):
@@ -88,6 +101,19 @@ class Training:
                 f"end_learning_rate: {self.end_learning_rate} is above learning_rate, "
                 f"{self.learning_rate}"
             )
+        if self.weight and self.method != "contrastive":
+            raise InputError(
+                f"weight: {self.weight} is of denoising beside the contrastive loss, and method is "
+                f"{self.method}; give weight 0, or method contrastive"
+            )
+        if self.method != "contrastive" and (self.chunk or self.select == "best"):
+            raise InputError(
+                f"method: {self.method} knows neither chunks nor the best model; give chunk 0 and "
+                "select last"
+            )
+
+
+Ranker = Matching | Dense  # rank at retrieval, in place of dot products of embeddings
 
 
 @dataclass
@@ -101,6 +127,11 @@ class Trained:
     seconds: float  # of training steps, validation left out
     peak_memory_bytes: int  # of the process on a CPU, of what torch held on a GPU
     best: dict[str, Any] = field(default_factory=dict)  # step, score, validation, model; `select`
+    competitor: Ranker | MomentumQueue | None = None  # of a method other than contrastive
+
+    @property
+    def ranker(self) -> Ranker | None:
+        return self.competitor if isinstance(self.competitor, Matching | Dense) else None
 
 
 def train(
@@ -135,7 +166,9 @@ def train(
         train_features.speech.width,
         train_features.image.width,
         train_features.image.embeddings.shape[1],
+        heads=training.heads,
         image_head=training.image_head,
+        normalise_layers=training.normalise_layers,
     )
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
@@ -147,7 +180,13 @@ def train(
     torch.manual_seed(seed)  # the heads are the same whether there is a denoiser or not
     denoisers = make_denoisers(training.denoising, shape, patches) if training.weight else None
     trained = Trained(model, (denoisers or nn.ModuleDict()).to(device), [], {}, 0.0, 0)
+    competitor = _make_competitor(training, model)
+    if competitor is not None and process_count() > 1:
+        raise InputError(f"method: {training.method} trains in one process; leave torchrun out")
     parameters = [*model.parameters(), *trained.denoisers.parameters()]
+    if competitor is not None:
+        trained.competitor = competitor.to(device)
+        parameters += [one for one in competitor.parameters() if one.requires_grad]
     optimiser = torch.optim.AdamW(
         parameters, training.learning_rate, weight_decay=training.weight_decay
     )
@@ -196,7 +235,7 @@ def train(
         ends = step + 1 == training.steps
         validates = ((step + 1) % training.validate_every == 0 or ends) and leads
         if validates:
-            trained.validation = retrieval_metrics(rank(model, validation, device))
+            trained.validation = retrieval_metrics(rank(model, validation, device, trained.ranker))
             if training.select == "best":
                 _keep_best(trained, step + 1)
         if validates or step % 10 == 0:
@@ -232,7 +271,7 @@ def _backward(
     device: str,
 ) -> Losses:
     """The losses of the captions of a step, whose gradients are left in the parameters."""
-    model, denoisers = trained.model, trained.denoisers
+    model, denoisers, competitor = trained.model, trained.denoisers, trained.competitor
     precision = torch.bfloat16 if training.precision == "bfloat16" else None
     if training.chunk or process_count() > 1:
         rows = rows_of_process(len(captions), denoisers)
@@ -244,9 +283,24 @@ def _backward(
         )
     batch = make_batch(features, captions, device)
     with torch.autocast(batch.states.device.type, precision, enabled=precision is not None):
-        losses = training_losses(model, denoisers, batch, training.weight, generator)
+        losses = (
+            training_losses(model, denoisers, batch, training.weight, generator)
+            if competitor is None
+            else competitor.losses(model, batch, generator)
+        )
     losses.total.backward()
     return losses
+
+
+def _make_competitor(training: Training, model: RetrievalModel) -> Ranker | MomentumQueue | None:
+    match training.method:
+        case "matching":
+            return Matching(model.shape, training.rerank)
+        case "queue":
+            return MomentumQueue(model, training.steps, training.batch_size)
+        case "dense":
+            return Dense(model.shape)
+    return None
 
 
 def make_batch(features: Features, captions: Tensor, device: str) -> Batch:
@@ -306,8 +360,12 @@ def embed_images(
     return torch.cat(parts)
 
 
-def rank(model: RetrievalModel, features: Features, device: str = "cpu") -> RankTable:
-    """The ranks of a whole split."""
+def rank(
+    model: RetrievalModel, features: Features, device: str = "cpu", ranker: Ranker | None = None
+) -> RankTable:
+    """The ranks of a whole split, by dot products unless a `ranker` has its own way."""
+    if ranker is not None:
+        return ranker.rank(model, features, device)
     speech, image = embed(model, features, device)
     return rank_table(speech, image, features.image_index, torch.arange(len(image)))
 
@@ -367,6 +425,7 @@ def _save_checkpoint(
         "step": step,
         "model": trained.model.state_dict(),
         "denoisers": trained.denoisers.state_dict(),
+        "competitor": trained.competitor.state_dict() if trained.competitor is not None else {},
         "optimiser": optimiser.state_dict(),
         "curve": trained.curve,
         "validation": trained.validation,
@@ -391,6 +450,8 @@ def _load_checkpoint(
             )
         trained.model.load_state_dict(state["model"])
         trained.denoisers.load_state_dict(state["denoisers"])
+        if trained.competitor is not None:
+            trained.competitor.load_state_dict(state["competitor"])
         optimiser.load_state_dict(state["optimiser"])
         trained.curve, trained.validation = state["curve"], state["validation"]
         trained.seconds, trained.best = state["seconds"], state["best"]

@@ -89,6 +89,21 @@ def test_stopped_and_continued_it_ends_as_if_it_had_not_been(run, arm, tmp_path)
     assert_same(run(training, checkpoint=resumed), whole)  # nothing is left to do
 
 
+@pytest.mark.parametrize("method", ["matching", "queue", "dense"])
+def test_a_competitor_too_goes_on_as_if_it_had_not_been_stopped(run, method, tmp_path):
+    training = replace(CONTRASTIVE, method=method, rerank=4)
+    whole = run(training)
+    run(training, checkpoint=tmp_path / "resumed.pt", stop_after=7)
+    torch.manual_seed(99)
+    resumed = run(training, checkpoint=tmp_path / "resumed.pt")
+    assert_same(resumed, whole)
+    assert same_weights(resumed.competitor, whole.competitor)
+    assert resumed.validation == whole.validation
+    # The first batch met the heads that every arm of the seed starts from.
+    if method == "matching":
+        assert whole.curve[0]["contrastive"] == run(CONTRASTIVE).curve[0]["contrastive"]
+
+
 def test_the_seed_decides(run):
     assert_same(run(CMD), run(CMD))
     assert not same_weights(run(CMD).model, run(replace(CMD, seed=4)).model)
@@ -348,6 +363,9 @@ def test_features_that_are_not_finite_stop_it_at_once(toy_features, validation, 
         {"seed": True},
         {"learning_rate": "1e-2"},
         {"denoising": {"rate": 0.3}},
+        {"method": "queues"},
+        {"method": "queue", "weight": 1.0},
+        {"rerank": 0},
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(wrong):
