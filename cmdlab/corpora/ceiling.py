@@ -68,7 +68,7 @@ def images_told_of(facts: Sequence[dict[str, Any]], scenes: Sequence[Scene]) -> 
             for mention in caption["mentions"]
         ]
         candidates = np.flatnonzero(reduce(np.logical_and, fits))
-        true = [caption_is_true(caption, scenes[i]) for i in candidates]
+        true = [caption_is_true(caption, scenes[i]) for i in candidates.tolist()]
         told_of.append(candidates[np.array(true, bool)])
     return told_of
 

@@ -28,6 +28,7 @@ class Shape:
     embedding: int  # of the shared space
     heads: int = 4
     image_head: str = "global"  # or "patches"
+    normalise_layers: bool = False  # each speech state has unit variance before they are mixed
 
 
 class SpeechHead(nn.Module):
@@ -43,6 +44,7 @@ class SpeechHead(nn.Module):
         super().__init__()
         width = shape.speech_width
         self.layer_weights = nn.Parameter(torch.zeros(shape.speech_layers))
+        self.normalise_layers = shape.normalise_layers
         self.transformer = nn.TransformerEncoderLayer(
             width,
             shape.heads,
@@ -68,6 +70,8 @@ class SpeechHead(nn.Module):
 
     def mix(self, states: Tensor, lengths: Tensor) -> Tensor:
         """The softmax-weighted sum of layers [batch, longest, width], zero beyond the lengths."""
+        if self.normalise_layers:
+            states = nn.functional.layer_norm(states, states.shape[-1:])
         mixed = (self.layer_weights.softmax(0) @ states.flatten(1)).unflatten(0, states.shape[1:])
         return _pad(mixed, _valid(lengths, int(lengths.max())))
 
@@ -111,7 +115,7 @@ class SpeechHead(nn.Module):
         place = start.repeat_interleave(lengths, output_size=len(tokens))
         place += torch.arange(len(tokens), device=lengths.device)
         padded = projected.new_zeros(sum(rows), projected.shape[1]).index_copy_(0, place, projected)
-        parts = []
+        parts: list[Tensor] = []
         for group, most, part in zip(groups, longest, padded.split(rows), strict=True):
             part = part.view(len(group), most, 3, attention.num_heads, -1)
             query, key, value = part.permute(2, 0, 3, 1, 4)  # [group, heads, longest, head width]
@@ -158,7 +162,7 @@ class _Take(torch.autograd.Function):
         return table.index_select(0, place)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (place,) = ctx.saved_tensors
         table = gradient.new_zeros(ctx.rows, gradient.shape[1])
         return table.index_copy_(0, place, gradient), None

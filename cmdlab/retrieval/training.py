@@ -76,7 +76,7 @@ class Training:
     )
     method: str = parameter(
         "contrastive",
-        "the contrastive loss, or what denoising is compared with",
+        "contrastive or a competitor",
         choices=("contrastive", "matching", "queue", "dense"),
     )
     rerank: int = parameter(32, "candidates of a query that method=matching orders again")
@@ -86,7 +86,7 @@ class Training:
     def __post_init__(self) -> None:
         check_types(self)
         check_choices(self)
-        for name in ("steps", "batch_size", "validate_every", "rerank"):
+        for name in ("steps", "batch_size", "heads", "validate_every", "rerank"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is not at least 1")
         for name in ("learning_rate", "gradient_clip"):
@@ -170,6 +170,10 @@ def train(
         image_head=training.image_head,
         normalise_layers=training.normalise_layers,
     )
+    if shape.speech_width % shape.heads:
+        raise InputError(
+            f"heads: {shape.heads} do not divide the speech tokens' width, {shape.speech_width}"
+        )
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     # torch's generators read the low 32 bits of a seed alone: the high ones are folded in.
@@ -214,6 +218,9 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = _learning_rate(step, training)
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**64)
+        if isinstance(train_features.speech, OnlineSpeech) and step + 1 < last:
+            following = _captions_of_step(step + 1, training, train_features)
+            train_features.speech.read_ahead(_share(following, training, trained).tolist())
         optimiser.zero_grad(set_to_none=True)
         losses = _backward(
             trained,
@@ -273,15 +280,15 @@ def _backward(
     """The losses of the captions of a step, whose gradients are left in the parameters."""
     model, denoisers, competitor = trained.model, trained.denoisers, trained.competitor
     precision = torch.bfloat16 if training.precision == "bfloat16" else None
-    if training.chunk or process_count() > 1:
-        rows = rows_of_process(len(captions), denoisers)
-        loaded = make_batch(features, captions[rows], "cpu" if training.chunk else device)
+    own = _share(captions, training, trained)
+    if _is_shared(training):
+        loaded = make_batch(features, own, "cpu" if training.chunk else device)
         return backward_in_shares(
             *(model, denoisers, loaded, len(captions), training.weight, generator),
             chunk=training.chunk,
             precision=precision,
         )
-    batch = make_batch(features, captions, device)
+    batch = make_batch(features, own, device)
     with torch.autocast(batch.states.device.type, precision, enabled=precision is not None):
         losses = (
             training_losses(model, denoisers, batch, training.weight, generator)
@@ -290,6 +297,17 @@ def _backward(
         )
     losses.total.backward()
     return losses
+
+
+def _is_shared(training: Training) -> bool:
+    return training.chunk > 0 or process_count() > 1
+
+
+def _share(captions: Tensor, training: Training, trained: Trained) -> Tensor:
+    """Those of a step's captions that this process loads."""
+    if not _is_shared(training):
+        return captions
+    return captions[rows_of_process(len(captions), trained.denoisers)]
 
 
 def _make_competitor(training: Training, model: RetrievalModel) -> Ranker | MomentumQueue | None:
