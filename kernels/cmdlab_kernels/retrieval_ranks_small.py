@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cmdlab_kernels import retrieval_ranks_cpu
-from cmdlab_kernels.retrieval_bounds import accumulation
 from cmdlab_kernels.retrieval_scores import (
     PATHS,
     Counts,
@@ -58,8 +57,8 @@ def count_small(
         return None
 
     # Twice the error of a product, the pair's own and its threshold's, and the ends' rounding; the
-    # norms are float32 sums of squares themselves.
-    rounding = 2 * (accumulation(torch.float32, dimensions) + float64_bound(dimensions)) + 2.0**-22
+    # norms are float32 sums of squares themselves. A processor rounds to nearest.
+    rounding = 2 * ((dimensions + 16) * 2.0**-24 + float64_bound(dimensions)) + 2.0**-22
     rounding *= 1 + (dimensions + 16) * 2.0**-20
     error = torch.cat([norms[0] * (longest[1] * rounding), norms[1] * (longest[0] * rounding)])
     error += dimensions * 2.0**-110  # underflow
@@ -82,12 +81,10 @@ def count_small(
         threshold = threshold.scatter_reduce_(0, line[needed], right_score, "amax")[wrong_line]
         greater.index_add_(0, wrong_line, (wrong > threshold).long())
         equal.index_add_(0, wrong_line, (wrong == threshold).long())
-    of_speech, of_image = slice(None, n), slice(n, None)
-    return Counts(
-        *(greater[of_speech].clone(), equal[of_speech].clone()),
-        *(greater[of_image].clone(), equal[of_image].clone()),
-        arithmetic=torch.full_like(speech_image_id, PATHS.index(FP32.name)),
-    )
+    speech_greater, image_greater = (x.clone() for x in greater.split([n, m]))
+    speech_equal, image_equal = (x.clone() for x in equal.split([n, m]))
+    arithmetic = torch.full_like(speech_image_id, PATHS.index(FP32.name))
+    return Counts(speech_greater, speech_equal, image_greater, image_equal, arithmetic)
 
 
 def _few(pairs: int) -> bool:
