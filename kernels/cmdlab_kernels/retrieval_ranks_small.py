@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cmdlab_kernels import retrieval_ranks_cpu
-from cmdlab_kernels.retrieval_bounds import accumulation
 from cmdlab_kernels.retrieval_scores import (
     PATHS,
     Counts,
@@ -23,7 +22,7 @@ from cmdlab_kernels.retrieval_tiles_cpu import FP32, plain_float32
 
 PAIRS = 2**20  # up to which one float32 product is the fastest way
 ONLY_FLOAT32 = 8  # times as many where the processor multiplies nothing faster than float32
-COMPARED = 2**18  # scores at once: they and what they are compared into fit in a processor's caches
+COMPARED = 2**17  # scores at once: they and twice as many verdicts fit in a processor's caches
 DOUBTFUL_LIMIT = 0.01
 
 
@@ -49,41 +48,41 @@ def count_small(
 
     # A line is a row of scores or a column: N captions, then M images. Each positive is in two.
     row, column = positive_pairs(speech_image_id, image_id.sort())
+    line = torch.cat([row, column + n])
     place = row * m + column
     positive = scores.view(-1).index_select(0, place).repeat(2)
     scores.view(-1).index_fill_(0, place, -torch.inf)
-    positives = torch.stack([torch.cat([row, column + n]), row.repeat(2), column.repeat(2)])
-    best = scores.new_full((n + m,), -torch.inf)
-    best.scatter_reduce_(0, positives[0], positive, "amax")
+    best = scores.new_full((n + m,), -torch.inf).scatter_reduce_(0, line, positive, "amax")
     if float(best.min()) == -torch.inf:
         return None
 
     # Twice the error of a product, the pair's own and its threshold's, and the ends' rounding; the
-    # norms are float32 sums of squares themselves.
-    rounding = 2 * (accumulation(torch.float32, dimensions) + float64_bound(dimensions)) + 2.0**-22
+    # norms are float32 sums of squares themselves. A processor rounds to nearest.
+    rounding = 2 * ((dimensions + 16) * 2.0**-24 + float64_bound(dimensions)) + 2.0**-22
     rounding *= 1 + (dimensions + 16) * 2.0**-20
     error = torch.cat([norms[0] * (longest[1] * rounding), norms[1] * (longest[0] * rounding)])
     error += dimensions * 2.0**-110  # underflow
     ends = torch.stack([best + error, best - error])
-    greater, doubtful = _compare(scores, ends)
-    if doubtful.shape[1] > DOUBTFUL_LIMIT * scores.numel() + 64:
-        return None
+    greater, above_low = _count_above(scores, ends)
     equal = torch.zeros_like(greater)
-    if doubtful.shape[1] > 0:
-        line = doubtful[0]
-        in_doubt = torch.zeros_like(best, dtype=torch.bool)
-        in_doubt[line] = True
-        perhaps_best = in_doubt[positives[0]] & (positive > ends[1][positives[0]])
-        needed = positives[:, perhaps_best]
-        _, row, column = torch.cat([needed, doubtful], 1)
-        defined = pair_scores(speech, image, row, column)
-        right_score, wrong = defined.split([needed.shape[1], len(line)])
+    in_doubt = above_low > greater
+    doubtful = int((above_low - greater).sum())
+    if doubtful > DOUBTFUL_LIMIT * scores.numel() + 64:
+        return None
+    if doubtful > 0:
+        wrong_line, wrong_row, wrong_column = _between(scores, ends, in_doubt)
+        # Only a positive within its line's interval may have the line's best defined score.
+        needed = (in_doubt[line] & (positive > ends[1][line])).nonzero()[:, 0]
+        pair = needed % len(row)
+        rows, columns = torch.cat([row[pair], wrong_row]), torch.cat([column[pair], wrong_column])
+        defined = pair_scores(speech, image, rows, columns)
+        right_score, wrong = defined.split([len(needed), doubtful])
         threshold = torch.full_like(best, -torch.inf, dtype=torch.float64)
-        threshold = threshold.scatter_reduce_(0, needed[0], right_score, "amax")[line]
-        greater.index_add_(0, line, (wrong > threshold).long())
-        equal.index_add_(0, line, (wrong == threshold).long())
-    by_direction = [x.clone() for counts in (greater, equal) for x in counts.split([n, m])]
-    speech_greater, image_greater, speech_equal, image_equal = by_direction
+        threshold = threshold.scatter_reduce_(0, line[needed], right_score, "amax")[wrong_line]
+        greater.index_add_(0, wrong_line, (wrong > threshold).long())
+        equal.index_add_(0, wrong_line, (wrong == threshold).long())
+    speech_greater, image_greater = (x.clone() for x in greater.split([n, m]))
+    speech_equal, image_equal = (x.clone() for x in equal.split([n, m]))
     arithmetic = torch.full_like(speech_image_id, PATHS.index(FP32.name))
     return Counts(speech_greater, speech_equal, image_greater, image_equal, arithmetic)
 
@@ -95,37 +94,38 @@ def _few(pairs: int) -> bool:
     return only_float32 and pairs <= PAIRS * ONLY_FLOAT32
 
 
-def _compare(scores: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """How many scores of each line are above its interval, int64 [N + M], and which are within.
+def _count_above(scores: Tensor, ends: Tensor) -> Tensor:
+    """How many scores of each line are above its ends, which are high and low: int64 [2, N + M].
 
-    The latter as line, row and column, int64 [3, P]. The ends are high and low [2, N + M]. A few
-    rows of scores [N, M] at a time are compared with both directions' ends.
+    A few rows of scores [N, M] at a time are compared with the ends of both directions. The
+    verdicts are in the scores' dtype: torch compares several times as fast when the output has the
+    inputs' dtype, and the sums are exact.
     """
     n, m = scores.shape
     height = max(1, COMPARED // m)
     memory = scores.new_empty(2, min(n, height), m)
-    above_rows, above_columns, doubtful = [], scores.new_zeros(m), []
+    by_row, by_column = scores.new_empty(2, n), scores.new_zeros(2, m)
     for start in range(0, n, height):
-        tile = scores[start : start + height]
-        verdicts = memory[:, : len(tile)]
-        above, (row, column) = _against(tile, ends[:, start : start + len(tile)], verdicts)
-        above_rows.append(above)
-        doubtful.append(torch.stack([row + start, row + start, column]))
-        above, (column, row) = _against(tile.T, ends[:, n:], verdicts.mT)
-        above_columns += above
-        doubtful.append(torch.stack([column + n, row + start, column]))
-    return torch.cat([*above_rows, above_columns]).long(), torch.cat(doubtful, 1)
+        rows = slice(start, min(start + height, n))
+        tile, verdicts = scores[rows], memory[:, : min(height, n - start)]
+        torch.sum(torch.gt(tile, ends[:, rows, None], out=verdicts), 2, out=by_row[:, rows])
+        by_column += torch.gt(tile, ends[:, None, n:], out=verdicts).sum(1)
+    return torch.cat([by_row, by_column], 1).long()
 
 
-def _against(scores: Tensor, ends: Tensor, verdicts: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of each line's scores [L, K] are above its ends [2, L], and which between them.
-
-    The former are [L] in the scores' dtype, which holds them exactly, the latter line and place,
-    int64 [2, P]. So are `verdicts` [2, L, K], since torch compares several times as fast when the
-    output has the inputs' dtype.
-    """
-    above_high, above_low = torch.gt(scores, ends[:, :, None], out=verdicts).sum(2)
-    lines = (above_low > above_high).nonzero()[:, 0]
-    high, low = verdicts[:, lines]
-    line, place = (low > high).nonzero(as_tuple=True)
-    return above_high, torch.stack([lines[line], place])
+def _between(scores: Tensor, ends: Tensor, in_doubt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Line, row and column, int64 [P], of what lies between the ends of the lines in doubt."""
+    found = []
+    n = len(scores)
+    for first, lines in ((0, scores), (n, scores.T)):
+        chosen = in_doubt[first : first + len(lines)].nonzero()[:, 0]
+        high, low = ends[:, chosen + first, None]
+        some = lines[chosen]
+        line, place = ((some > low) & (some <= high)).nonzero(as_tuple=True)
+        found.append((chosen[line], place))
+    (row, column), (column_of_image, row_of_image) = found
+    return (
+        torch.cat([row, column_of_image + n]),
+        torch.cat([row, row_of_image]),
+        torch.cat([column, column_of_image]),
+    )
