@@ -8,7 +8,8 @@ queries are the spoken tokens, so that all but the attention itself is computed 
 
 Negatives are drawn by their similarity, so the head learns what similarity does not tell: the best
 order is by similarity and logit together, exp(scale · similarity) being the odds that the draw
-took out. ALBEF orders by the logit alone, BLIP-2 by a sum too.
+took out. ALBEF orders by the logit alone, BLIP-2 by a sum too; with a head as small as this one the
+logit alone makes the order far worse than it was.
 """
 
 from collections.abc import Callable, Sequence

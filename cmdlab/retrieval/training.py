@@ -106,10 +106,11 @@ class Training:
                 f"weight: {self.weight} is of denoising beside the contrastive loss, and method is "
                 f"{self.method}; give weight 0, or method contrastive"
             )
-        if self.method != "contrastive" and (self.chunk or self.select == "best"):
+        usual = (self.chunk, self.precision, self.select) == (0, "float32", "last")
+        if self.method != "contrastive" and not usual:
             raise InputError(
-                f"method: {self.method} knows neither chunks nor the best model; give chunk 0 and "
-                "select last"
+                f"method: {self.method} knows neither chunks, bfloat16, nor the best model; "
+                "give chunk 0, precision float32 and select last"
             )
 
 

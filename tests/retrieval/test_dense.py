@@ -104,4 +104,5 @@ def test_every_weight_that_it_uses_is_trained(toy_features):
     competitor.losses(model, batch, torch.Generator()).total.backward()
     assert all(one.grad.abs().sum() > 0 for one in competitor.parameters())
     assert model.speech_head.layer_weights.grad.abs().sum() > 0
+    assert model.log_scale.grad.abs() > 0
     assert model.speech_head.projection.weight.grad is None  # the embedding has no part
