@@ -173,5 +173,5 @@ def test_the_hubs_refusal_is_one_line(module, hub, tmp_path, capsys):
 
 
 def test_a_model_without_a_card_is_not_pushed(run, hub):
-    with pytest.raises(InputError, match="holds no MODEL_CARD.md"):
+    with pytest.raises(InputError, match=r"holds no MODEL_CARD\.md"):
         push_module(run / "model", "someone/small")
