@@ -42,7 +42,7 @@ def test_the_card_says_what_the_runs_files_say(run, module):
         result["corpus"]["content_hash"],
         result["encoders"]["speech"]["sha256"],
         "20 pictures and 100 spoken captions",
-        "| `steps` | `30` |",
+        "| `steps` | `40` |",
         "| `image_head` | `patches` |",
         "by a contrastive loss alone",
         "a synthesiser's voices",
