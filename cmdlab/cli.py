@@ -126,7 +126,8 @@ def _corpus_import(chosen: Namespace) -> None:
 
 def _train(chosen: Namespace) -> None:
     from cmdlab.encoders import Encoder
-    from cmdlab.experiment import run_experiment
+    from cmdlab.experiment import pick_device, run_experiment
+    from cmdlab.retrieval import is_first_process, joined
 
     parameters: dict[str, Any] = {}
     for name, value in chosen.parameters:
@@ -137,19 +138,21 @@ def _train(chosen: Namespace) -> None:
                 f"-p {name} is no parameter of the training; `cmdlab train --help` has the options"
             )
         parameters[name] = value
-    result = run_experiment(
-        chosen.corpus,
-        chosen.output,
-        speech_encoder=Encoder(
-            chosen.speech_encoder, chosen.speech_weights, tuple(chosen.speech_layers)
-        ),
-        image_encoder=Encoder(chosen.image_encoder, chosen.image_weights),
-        online=chosen.online,
-        device=chosen.device,
-        skip_bad=chosen.skip_bad,
-        **parameters,
-    )
-    print(json.dumps(result["metrics"], indent=2))
+    with joined(pick_device(chosen.device)) as device:
+        result = run_experiment(
+            chosen.corpus,
+            chosen.output,
+            speech_encoder=Encoder(
+                chosen.speech_encoder, chosen.speech_weights, tuple(chosen.speech_layers)
+            ),
+            image_encoder=Encoder(chosen.image_encoder, chosen.image_weights),
+            online=chosen.online,
+            device=device,
+            skip_bad=chosen.skip_bad,
+            **parameters,
+        )
+        if is_first_process():
+            print(json.dumps(result["metrics"], indent=2))
 
 
 def _sweep(chosen: Namespace) -> None:
@@ -388,7 +391,12 @@ def _parser() -> ArgumentParser:
         Train one retrieval model on a corpus and evaluate it. Stopped, it goes on from its last
         checkpoint when the same command is given again.
 
+        Started by torchrun, its processes train the model together, on a GPU each or on CPUs: the
+        same run as that of one process, to rounding, whatever their number. The folders must be
+        shared by all machines.
+
         example: cmdlab train --corpus data/default --output runs/mine -p weight=1.0 -p seed=3
+        example: torchrun --nproc-per-node 8 -m cmdlab train --corpus data/default --output runs/all
         output:  the folder given by --output: model/, ranks.npz, voices.npz and result.json; the
                  metrics are printed as JSON
         """,

@@ -42,16 +42,14 @@ def group_near_duplicates(hashes: Sequence[bytes]) -> NDArray[np.int64]:
         return_inverse=True,
     )
     points = unique.astype(np.float32)  # sums of 192 products are whole and below 2**24: exact
-    squares = np.square(points).sum(axis=1)
-    most = (NEAR * STEPS) ** 2 * points.shape[1]
+    half = np.square(points).sum(axis=1) / 2 - (NEAR * STEPS) ** 2 * points.shape[1] / 4
     rows, columns = [], []
     step = max(1, (1 << 24) // len(points))  # 64 MiB at a time
     for start in range(0, len(points), step):
-        block = points[start : start + step]
-        apart = squares[start : start + step, None] + squares - 2 * (block @ points.T)
-        row, column = np.nonzero(apart <= most)
+        products = points[start : start + step] @ points[start:].T
+        row, column = np.nonzero(products >= half[start : start + step, None] + half[start:])
         rows.append(row + start)
-        columns.append(column)
+        columns.append(column + start)
     row, column = np.concatenate(rows), np.concatenate(columns)
     near = coo_array((np.ones(len(row), bool), (row, column)), shape=(len(points),) * 2)
     return connected_components(near, directed=False)[1][which].astype(np.int64)

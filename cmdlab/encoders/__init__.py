@@ -10,6 +10,7 @@ from cmdlab.encoders.encoding import (
     encode,
     encoders_for,
     fingerprint,
+    untrained,
     weights_of,
 )
 from cmdlab.encoders.features import Features
@@ -32,5 +33,6 @@ __all__ = [
     "encoders_for",
     "fingerprint",
     "open_stores",
+    "untrained",
     "weights_of",
 ]

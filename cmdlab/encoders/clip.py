@@ -72,6 +72,15 @@ def open_clip_encoder(name: str, weights: str) -> "ClipImageEncoder":
     return encoder.eval().requires_grad_(False)
 
 
+def untrained(name: str) -> "ClipImageEncoder":
+    """The same architecture at random weights, to measure what it takes. It sees nothing."""
+    published = _published(name)
+    encoder = ClipImageEncoder(name, published.shape, published.colours).to_empty(device="cpu")
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return encoder
+
+
 @dataclass(frozen=True)
 class Shape:
     """What sets one vision transformer of CLIP apart from another."""

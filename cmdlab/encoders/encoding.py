@@ -135,6 +135,12 @@ def _open(encoder: Encoder, device: str, dtype: torch.dtype) -> nn.Module:
     return network.to(device, dtype).eval().requires_grad_(False)
 
 
+def untrained(name: str) -> Any:
+    """An encoder's architecture at random weights, to measure what it takes."""
+    module = importlib.import_module(f"cmdlab.encoders.{FAMILIES[name].module}")
+    return module.untrained(name).eval().requires_grad_(False)
+
+
 def encoders_for(kind: Kind, pieces: Counter[Any]) -> str:
     """A line on who takes all these pieces of a corpus, and what hinders the other encoders."""
     takers, others = [], []

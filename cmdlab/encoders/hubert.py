@@ -66,6 +66,16 @@ def open_hubert(name: str, weights: str) -> "SpeechEncoder":
     return SpeechEncoder(model, name, epsilon)
 
 
+def untrained(name: str) -> "SpeechEncoder":
+    """The same architecture at random weights, to measure what it takes. It hears nothing."""
+    import torchaudio
+
+    checkpoint = CHECKPOINTS[name]
+    model = getattr(torchaudio.models, checkpoint.architecture)()
+    _join_kernel(model)
+    return SpeechEncoder(model, name, 1e-5 if checkpoint.large else None)
+
+
 class SpeechEncoder(nn.Module):
     """A frozen HuBERT or WavLM. Every clip's states are those that it has alone.
 
@@ -163,6 +173,7 @@ class SpeechEncoder(nn.Module):
         return {"attention_mask": ~padding[:, None, None].expand(batch, 1, tokens, tokens)}
 
 
+POSITIONS = "encoder.transformer.pos_conv_embed.conv"
 FIXED = {  # what torchaudio's models are built with, and what a config.json may say otherwise
     "hidden_act": "gelu",
     "feat_extract_activation": "gelu",
@@ -308,10 +319,9 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, name: str) -
     """Give a model without values the tensors of its names, in float32. Raises InputError where
     one is missing, one is over, or one has another shape."""
     tensors = dict(tensors)
-    convolution = "encoder.transformer.pos_conv_embed.conv"
     for old, new in (("g", "original0"), ("v", "original1")):  # before and since torch 2.1
-        if (tensor := tensors.pop(f"{convolution}.weight_{old}", None)) is not None:
-            tensors[f"{convolution}.parametrizations.weight.{new}"] = tensor
+        if (tensor := tensors.pop(f"{POSITIONS}.weight_{old}", None)) is not None:
+            tensors[f"{POSITIONS}.parametrizations.weight.{new}"] = tensor
     wanted = model.state_dict()
     for key in sorted(wanted.keys() | tensors.keys()):
         if key not in tensors:
@@ -330,7 +340,11 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, name: str) -
             "encoder that these are of (Hugging Face's names need its folder, with config.json)"
         )
     model.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
-    # The direction and the length of the kernel are for training: one weight is left, in full
-    # precision, before anybody asks for less.
-    positions: Any = model.get_submodule(convolution)
+    _join_kernel(model)
+
+
+def _join_kernel(model: nn.Module) -> None:
+    """The direction and the length of the kernel for position are for training: one weight is left,
+    in full precision, before anybody asks for less."""
+    positions: Any = model.get_submodule(POSITIONS)
     nn.utils.parametrize.remove_parametrizations(positions, "weight")

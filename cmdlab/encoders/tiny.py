@@ -232,6 +232,11 @@ class TinySpeechEncoder(nn.Module):
         return states, lengths
 
 
+def untrained(name: str) -> nn.Module:
+    """The same architecture at random weights, to measure what it takes."""
+    return TinyImageEncoder() if name == "tiny-image" else TinySpeechEncoder()
+
+
 def open_tiny(name: str, weights: str) -> nn.Module:
     """A tiny encoder by its name; `weights`: a file of others than those shipped here.
 
@@ -244,7 +249,7 @@ def open_tiny(name: str, weights: str) -> nn.Module:
         if name == "tiny-text":
             module = TinyTextEncoder(tuple(bytes(tensors.pop("words").tolist()).decode().split()))
         else:
-            module = TinyImageEncoder() if name == "tiny-image" else TinySpeechEncoder()
+            module = untrained(name)
         module.load_state_dict({key: value.float() for key, value in tensors.items()})
     except (KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -163,6 +163,34 @@ def rank_table(
     )
 
 
+def ranks_of_scores(
+    speech_to_image: Tensor, image_to_speech: Tensor, speech_image: Tensor
+) -> RankTable:
+    """Rank by scores of any kind, for a system whose order is not that of dot products.
+
+    speech_to_image, image_to_speech: [N, M] floating point on the CPU, each pair's score where the
+    caption and where the image is the query; one tensor twice where it is the same.
+    speech_image: int64 [N], the column of each caption's image; each image with one or more.
+    Raises InputError for NaN or infinity, and for an image without a caption.
+    """
+    for name, scores in (("speech", speech_to_image), ("image", image_to_speech)):
+        if not torch.isfinite(scores).all():
+            raise InputError(f"scores of {name} queries hold NaN or infinity; repair the system")
+    own = speech_image[:, None] == torch.arange(speech_to_image.shape[1])
+    best = speech_to_image.gather(1, speech_image[:, None])  # [N, 1]
+    others = speech_to_image.masked_fill(own, -torch.inf)
+    best_caption = image_to_speech.masked_fill(~own, -torch.inf).amax(0)  # [M]
+    other_captions = image_to_speech.masked_fill(own, -torch.inf)
+    return RankTable(
+        speech_greater=(others > best).sum(1).numpy(),
+        speech_equal=(others == best).sum(1).numpy(),
+        speech_image=speech_image.numpy(),
+        image_greater=(other_captions > best_caption).sum(0).numpy(),
+        image_equal=(other_captions == best_caption).sum(0).numpy(),
+        image_of_view=np.arange(own.shape[1]),
+    )
+
+
 def retrieval_metrics(table: RankTable) -> dict[str, Any]:
     """The object that `cmdlab evaluate` prints: plain JSON numbers.
 

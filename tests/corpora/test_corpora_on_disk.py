@@ -52,6 +52,24 @@ def test_spoken_coco_splits_follow_karpathy_and_the_order_follows_the_release(sp
     assert not test.left_out
 
 
+def test_an_image_may_have_six_captions_as_some_of_the_release_have(spoken_coco):
+    spoken = spoken_coco / "wavs/val/0/speaker0-5-0.wav"
+    more = [f"more-5-{n}" for n in range(5)]
+    for uttid in more:
+        shutil.copy(spoken, spoken.with_name(f"{uttid}.wav"))
+
+    def add(value):
+        for uttid in more:
+            wav = f"wavs/val/0/{uttid}.wav"
+            new = {"text": "MORE", "speaker": "s", "uttid": uttid, "wav": wav}
+            value["data"][3]["captions"].append(new)
+
+    edit_json(spoken_coco / VAL, add)
+    test = load_corpus(spoken_coco, "test")
+    six, two = test.images[1].id, test.images[0].id
+    assert [caption.image_id for caption in test.captions] == [two] * 2 + [six] * 6
+
+
 def test_the_content_hash_is_one_for_all_splits_and_changes_with_the_metadata(
     spoken_coco, edit_text
 ):
