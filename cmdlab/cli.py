@@ -225,6 +225,44 @@ def _evaluate(chosen: Namespace) -> None:
     print(json.dumps(evaluate_file(chosen.file, impl=chosen.impl), indent=2, allow_nan=False))
 
 
+def _encode(chosen: Namespace) -> None:
+    from cmdlab.experiment import pick_device
+    from cmdlab.search import Retriever, encode_files, encode_pairs
+
+    if bool(chosen.files) == bool(chosen.pairs):
+        raise InputError("give either FILES or --pairs FILE.csv")
+    retriever = Retriever(
+        chosen.model,
+        device=pick_device(chosen.device),
+        speech_weights=chosen.speech_weights,
+        image_weights=chosen.image_weights,
+    )
+    if chosen.pairs:
+        encode_pairs(retriever, chosen.pairs, chosen.output)
+    else:
+        encode_files(retriever, chosen.files, chosen.output)
+
+
+def _module_make(chosen: Namespace) -> None:
+    from cmdlab.search import make_module
+
+    make_module(chosen.run_folder, chosen.folder)
+    print(chosen.folder)
+
+
+def _module_push(chosen: Namespace) -> None:
+    from cmdlab.search import push_module
+
+    print(push_module(chosen.folder, chosen.repository, private=chosen.private))
+
+
+def _module_pull(chosen: Namespace) -> None:
+    from cmdlab.search import pull_module
+
+    pull_module(chosen.repository, chosen.folder, revision=chosen.revision)
+    print(chosen.folder)
+
+
 class _Parser(ArgumentParser):
     below: Callable[[], str] | None = None  # what the help ends with
 
@@ -553,6 +591,86 @@ def _parser() -> ArgumentParser:
     evaluate.add_argument(
         "--impl", default="auto", help="how the ranks are computed, e.g. reference; default: auto"
     )
+
+    encode = _command(
+        commands,
+        "encode",
+        _encode,
+        "vectors of own recordings and pictures, by a trained model",
+        """
+        Turn recordings and pictures of any kind and size into vectors of one space, in which the
+        dot product says how well two fit. With --pairs, a CSV file with the columns audio and image
+        as for `cmdlab corpus import`, the file is what `cmdlab evaluate` takes. With FILES alone
+        nothing tells what belongs together: speech_id and image_id hold their paths then.
+
+        example: cmdlab encode --model runs/mine/model --pairs own/pairs.csv -o own.npz
+        output:  the file given by -o, with speech [N, D] and image [M, D] in it
+        """,
+    )
+    encode.add_argument("files", type=Path, nargs="*", metavar="FILES")
+    encode.add_argument("--pairs", type=Path, metavar="FILE.csv")
+    encode.add_argument(
+        "--model", required=True, metavar="MODEL", help="a module's name, or a folder as RUN/model"
+    )
+    encode.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.npz")
+    for kind in ("speech", "image"):
+        encode.add_argument(
+            f"--{kind}-weights",
+            default="",
+            metavar="PATH",
+            help=f"the {kind} encoder's weights, where they were given in training too",
+        )
+    encode.add_argument("--device", default="auto", help="default: a GPU where there is one")
+
+    module = commands.add_parser("module", help="hand on a trained model, by a folder or a hub")
+    ways = module.add_subparsers(metavar="make|push|pull", required=True)
+    made = _command(
+        ways,
+        "make",
+        _module_make,
+        "write a run's model with its card",
+        """
+        Write the model of a finished run as three files: weights, sizes, and a card with data,
+        recipe, metrics with intervals, cost and limits, all from the run's own files.
+
+        example: cmdlab module make runs/mine modules/my-pictures
+        output:  DIR, by whose name the module is known
+        """,
+    )
+    made.add_argument("run_folder", type=Path, metavar="RUN")
+    made.add_argument("folder", type=Path, metavar="DIR")
+    push = _command(
+        ways,
+        "push",
+        _module_push,
+        "upload a module to the Hugging Face hub",
+        """
+        Upload a module's three files as one commit, by the hub's own client, under the name that
+        `hf auth login` has asked for.
+
+        example: cmdlab module push modules/my-pictures someone/my-pictures
+        output:  its address there, on standard output
+        """,
+    )
+    push.add_argument("folder", type=Path, metavar="DIR")
+    push.add_argument("repository", metavar="OWNER/NAME")
+    push.add_argument("--private", action="store_true", help="if the repository is made by this")
+    pull = _command(
+        ways,
+        "pull",
+        _module_pull,
+        "download a module from the Hugging Face hub",
+        """
+        Download a module's three files, and keep them once they prove to be a model. Nothing that
+        is downloaded is run.
+
+        example: cmdlab module pull someone/my-pictures modules/my-pictures
+        output:  DIR
+        """,
+    )
+    pull.add_argument("repository", metavar="OWNER/NAME")
+    pull.add_argument("folder", type=Path, metavar="DIR")
+    pull.add_argument("--revision", metavar="COMMIT", help="default: the newest")
     return parser
 
 

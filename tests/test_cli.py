@@ -25,6 +25,10 @@ COMMANDS = [
     ["report"],
     ["bench"],
     ["evaluate"],
+    ["encode"],
+    ["module", "make"],
+    ["module", "push"],
+    ["module", "pull"],
 ]
 
 

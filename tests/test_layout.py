@@ -15,7 +15,7 @@ FLOORS = (  # from the lowest up; a room imports lower floors only, none of its 
     ("corpora", "evaluation", "records"),
     ("encoders", "reporting", "sweeps"),
     ("retrieval",),
-    ("experiment",),
+    ("experiment", "search"),
     ("study", "profiling"),
     ("cli",),
     ("__main__",),

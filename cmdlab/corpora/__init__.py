@@ -4,6 +4,7 @@ from cmdlab.corpora.audio import SAMPLE_RATE, degrade, read_audio, read_speech
 from cmdlab.corpora.check import check_corpus, leave_out_unreadable, load_usable
 from cmdlab.corpora.content_hash import content_hash
 from cmdlab.corpora.corpus import SPLITS, Caption, Corpus, Image
+from cmdlab.corpora.foreign_media import decode_picture, decode_sound, to_picture, to_speech
 from cmdlab.corpora.ground_truth import (
     GroundTruth,
     TimedWord,
@@ -14,11 +15,12 @@ from cmdlab.corpora.ground_truth import (
 from cmdlab.corpora.images import read_image
 from cmdlab.corpora.importing import import_corpus
 from cmdlab.corpora.loading import load_corpus, read_identity
+from cmdlab.corpora.pairs import bytes_of, read_pairs_csv
 from cmdlab.corpora.rendering import IMAGE_SIZE, render
 from cmdlab.corpora.scenes import COLOURS, SHAPES, sample_captions, sample_scene, vocabulary
 from cmdlab.corpora.speaking import PRETRAINING_VOICES, Utterance, speak
 from cmdlab.corpora.spoken_scenes import make_corpus
-from cmdlab.corpora.untrusted import Problem, UntrustedFolder
+from cmdlab.corpora.untrusted import BadEntry, Problem, UntrustedFolder
 from cmdlab.corpora.workers import worker_pool
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "SAMPLE_RATE",
     "SHAPES",
     "SPLITS",
+    "BadEntry",
     "Caption",
     "Corpus",
     "GroundTruth",
@@ -36,9 +39,12 @@ __all__ = [
     "TimedWord",
     "UntrustedFolder",
     "Utterance",
+    "bytes_of",
     "check_corpus",
     "content_hash",
     "corpus_ceiling",
+    "decode_picture",
+    "decode_sound",
     "degrade",
     "import_corpus",
     "leave_out_unreadable",
@@ -50,11 +56,14 @@ __all__ = [
     "read_ground_truth",
     "read_identity",
     "read_image",
+    "read_pairs_csv",
     "read_speech",
     "render",
     "sample_captions",
     "sample_scene",
     "speak",
+    "to_picture",
+    "to_speech",
     "vocabulary",
     "worker_pool",
 ]

@@ -8,7 +8,7 @@ from math import gcd
 
 import numpy as np
 import soundfile
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cmdlab.corpora.audio import MAX_SECONDS, OVERSHOOT, SAMPLE_RATE, reason_of, with_its_length
@@ -29,6 +29,45 @@ def convert_sound(content: bytes) -> tuple[bytes, str]:
     Raises BadEntry for what is corrupt, truncated, empty, over MAX_SECONDS long, not finite or out
     of scale.
     """
+    waveform, ready, form = _decoded(content)
+    if ready:
+        return content, f".{form.lower()}"
+    converted = io.BytesIO()
+    soundfile.write(converted, waveform, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return converted.getvalue(), ".flac"
+
+
+def decode_sound(content: bytes) -> NDArray[np.float32]:
+    """A sound file of any kind that libsndfile reads: float32 [samples] at 16 kHz in [-1, 1].
+
+    Channels are averaged. Raises BadEntry as `convert_sound` does.
+    """
+    return _decoded(content)[0]
+
+
+def to_speech(samples: ArrayLike, rate: int) -> NDArray[np.float32]:
+    """Recorded samples, [samples] or [samples, channels], at `rate` Hz: float32 [samples] at 16 kHz
+    in [-1, 1]. Whole numbers are scaled by their type's range. Raises BadEntry as `convert_sound`
+    does."""
+    waveform = np.asarray(samples)
+    if waveform.ndim not in (1, 2) or waveform.dtype.kind not in "fiu" or not waveform.size:
+        raise BadEntry(
+            f"is {waveform.dtype} {list(waveform.shape)}, no sound; give [samples] or "
+            "[samples, channels]"
+        )
+    if waveform.dtype.kind in "iu":
+        limits = np.iinfo(waveform.dtype)
+        middle = 0.0 if waveform.dtype.kind == "i" else (int(limits.max) + 1) / 2
+        waveform = (waveform - middle) / (int(limits.max) + 1 - middle)
+    _check_rate(rate)
+    if len(waveform) > MAX_SECONDS * rate:
+        raise BadEntry(f"lasts over {MAX_SECONDS} s; cut it")
+    mono = waveform.reshape(len(waveform), -1).mean(axis=1, dtype=np.float32)
+    return _resampled(_finite(mono), rate)
+
+
+def _decoded(content: bytes) -> tuple[NDArray[np.float32], bool, str]:
+    """float32 [samples] at 16 kHz, whether a corpus takes the file as it is, and its format."""
     try:
         whole = with_its_length(io.BytesIO(content), len(content))
         with soundfile.SoundFile(whole or io.BytesIO(content)) as file:
@@ -40,24 +79,22 @@ def convert_sound(content: bytes) -> tuple[bytes, str]:
         raise BadEntry(
             f"is no sound that libsndfile reads, or is corrupt ({reason}); save it as WAV or FLAC"
         ) from error
-    if ready and not whole and form in ("WAV", "FLAC"):
-        return content, f".{form.lower()}"
+    return _resampled(waveform, rate), ready and not whole and form in ("WAV", "FLAC"), form
+
+
+def _resampled(waveform: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
     if rate != SAMPLE_RATE:
         from scipy.signal import resample_poly  # takes a while to import
 
         divisor = gcd(rate, SAMPLE_RATE)
         waveform = resample_poly(waveform, SAMPLE_RATE // divisor, rate // divisor)
-    converted = io.BytesIO()
-    samples = np.clip(waveform, -1, 1)
-    soundfile.write(converted, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    return converted.getvalue(), ".flac"
+    return np.clip(waveform, -1, 1)
 
 
 def _mono(file: soundfile.SoundFile) -> NDArray[np.float32]:
     """The mean of a file's channels, at its own rate: float32 [samples]. Raises BadEntry."""
     rate, stated = file.samplerate, file.frames
-    if not RATES[0] <= rate <= RATES[1]:
-        raise BadEntry(f"has a sampling rate of {rate} Hz; resample it to {SAMPLE_RATE} Hz")
+    _check_rate(rate)
     blocks: list[NDArray[np.float32]] = []
     samples = 0
     while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
@@ -69,7 +106,15 @@ def _mono(file: soundfile.SoundFile) -> NDArray[np.float32]:
         raise BadEntry("holds no sound; replace it or remove its entry")
     if samples < stated and file.format != "MPEG":  # an MP3 file states no more than an estimate
         raise BadEntry(f"is truncated ({samples} of {stated} samples); replace it")
-    waveform = np.concatenate(blocks)
+    return _finite(np.concatenate(blocks))
+
+
+def _check_rate(rate: int) -> None:
+    if not RATES[0] <= rate <= RATES[1]:
+        raise BadEntry(f"has a sampling rate of {rate} Hz; resample it to {SAMPLE_RATE} Hz")
+
+
+def _finite(waveform: NDArray[np.float32]) -> NDArray[np.float32]:
     peak = np.abs(waveform).max()
     if not np.isfinite(peak):
         raise BadEntry("holds samples that are no finite number; replace it")
@@ -87,23 +132,56 @@ def convert_picture(content: bytes, *, side: int | None = None) -> tuple[bytes, 
     else becomes JPEG, shrunk to LONG_SIDE. The hash is `perceptual_hash`'s.
     Raises BadEntry for what is corrupt, truncated, over MAX_PIXELS or of no such kind.
     """
+    picture, form, ready = _opened(content, side or LONG_SIDE)
+    if ready and side is None:
+        return content, ".png" if form == "PNG" else ".jpg", perceptual_hash(picture)
+    if side is not None:
+        picture = middle_square(picture, side)
+    else:
+        picture.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
+    converted = io.BytesIO()
+    if side is not None:
+        picture.save(converted, "PNG")
+    else:
+        picture.save(converted, "JPEG", quality=95, subsampling=0)  # drawings keep their edges
+    return converted.getvalue(), ".jpg" if side is None else ".png", perceptual_hash(picture)
+
+
+def decode_picture(content: bytes, *, side: int | None = None) -> Image.Image:
+    """A picture of any kind that Pillow reads, upright and RGB, as `convert_picture` keeps it but
+    for its size: with `side` the square in its middle, else what there is. Raises BadEntry."""
+    picture = _opened(content, side or MAX_PIXELS)[0]
+    return middle_square(picture, side) if side else picture
+
+
+def to_picture(image: Image.Image, *, side: int | None = None) -> Image.Image:
+    """The same of a picture that is open already. Raises BadEntry for more than MAX_PIXELS."""
+    _check_size(image)
+    picture = _opaque(upright(image))
+    return middle_square(picture, side) if side else picture
+
+
+def middle_square(picture: Image.Image, side: int) -> Image.Image:
+    """The square in the middle of a picture, `side` × `side` pixels."""
+    return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
+
+
+def _opened(content: bytes, long_side: int) -> tuple[Image.Image, str, bool]:
+    """Upright RGB; the file's format; whether the file may stay as it is."""
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
-            if image.width * image.height > MAX_PIXELS:
-                size = f"{image.width} × {image.height}"
-                raise BadEntry(f"has {size} pixels, over the limit of {MAX_PIXELS}; shrink it")
-            form = image.format
+            _check_size(image)
+            form = image.format or ""
             ready = (
-                side is None
-                and form in ("JPEG", "PNG")
+                form in ("JPEG", "PNG")
                 and image.mode in ("RGB", "L")
                 and not image.has_transparency_data
                 and max(image.size) <= LONG_SIDE
             )
-            if not ready:  # a JPEG decoder can leave out what shrinking would drop
-                image.draft(None, (2 * (side or LONG_SIDE),) * 2)
+            # A JPEG decoder can leave out what shrinking would drop.
+            image.draft(None, (2 * long_side,) * 2)
             image.load()
-            picture = _opaque(upright(image))
+            return _opaque(upright(image)), form, ready
     except BadEntry:
         raise
     except UnidentifiedImageError as error:
@@ -113,18 +191,12 @@ def convert_picture(content: bytes, *, side: int | None = None) -> tuple[bytes, 
     except Exception as error:  # corrupt files make Pillow's decoders raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BadEntry(f"is no readable picture ({reason}); save it as JPEG or PNG") from error
-    if ready:
-        return content, ".png" if form == "PNG" else ".jpg", perceptual_hash(picture)
-    if side is not None:
-        picture = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
-    else:
-        picture.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
-    converted = io.BytesIO()
-    if side is not None:
-        picture.save(converted, "PNG")
-    else:
-        picture.save(converted, "JPEG", quality=95, subsampling=0)  # drawings keep their edges
-    return converted.getvalue(), ".jpg" if side is None else ".png", perceptual_hash(picture)
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width} × {image.height}"
+        raise BadEntry(f"has {size} pixels, over the limit of {MAX_PIXELS}; shrink it")
 
 
 @cache

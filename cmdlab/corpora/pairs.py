@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from cmdlab.corpora.corpus import SPLITS, Split
-from cmdlab.corpora.untrusted import BadEntry, Problem, UntrustedFolder, shown
+from cmdlab.corpora.untrusted import BadEntry, Problem, UntrustedFolder, is_regular, shown
 
 MAX_MEDIUM_BYTES = 1 << 29  # five minutes at 192 kHz in four channels, and the largest photographs
 
@@ -106,7 +106,7 @@ def read_pairs_csv(path: Path) -> Pairs:
     def media() -> Iterator[Medium]:
         for key in dict.fromkeys(key for pair in pairs for key in pair.media):
             file, version = versions[key]
-            yield Medium(key, version, partial(_bytes_of, file))
+            yield Medium(key, version, partial(bytes_of, file))
 
     unused = [shown(name) for name in header if name not in COLUMNS]
     notes = [f"{path.name}: not used: column {', '.join(unused)}"] if unused else []
@@ -163,7 +163,10 @@ def _located(folder: UntrustedFolder, kind: str, name: str) -> tuple[Path, str]:
     return file, f"{found.st_size} {found.st_mtime_ns}"
 
 
-def _bytes_of(file: Path) -> bytes:
+def bytes_of(file: Path) -> bytes:
+    """A medium's content. Raises BadEntry for what is no file, or has over MAX_MEDIUM_BYTES."""
+    if not is_regular(file):
+        raise BadEntry("is no file; mend the path")
     try:
         with file.open("rb") as content:
             data = content.read(MAX_MEDIUM_BYTES + 1)

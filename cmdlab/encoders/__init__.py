@@ -1,11 +1,12 @@
 """What frozen networks see: encoders by name, and the stores of their features."""
 
-from cmdlab.encoders.encoder import Description, Hearing
+from cmdlab.encoders.encoder import Description, Encoded, Hearing
 from cmdlab.encoders.encoding import (
     IMAGE,
     SPEECH,
     TEXT,
     Encoder,
+    compute,
     encode,
     encoders_for,
     fingerprint,
@@ -21,11 +22,13 @@ __all__ = [
     "SPEECH",
     "TEXT",
     "Description",
+    "Encoded",
     "Encoder",
     "FeatureStore",
     "Features",
     "Hearing",
     "OnlineSpeech",
+    "compute",
     "encode",
     "encoders_for",
     "fingerprint",

@@ -13,7 +13,8 @@ class Description:
     """What others may know of an encoder, whichever it is.
 
     A speech encoder gives `tokens_per_second`; an image encoder the rows and columns of its patches
-    (`grid`), which lie over the middle square of a picture.
+    (`grid`), which lie over the middle square of a picture, and where it takes squares of one size
+    alone, their `side`.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Description:
     licence: str  # of the weights
     tokens_per_second: float | None = None
     grid: tuple[int, int] | None = None
+    side: int | None = None  # pixels
 
     def patch_centres(self, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
         """The x of each column [columns] and the y of each row [rows] of patches, in pixels of a

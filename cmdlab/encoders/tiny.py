@@ -72,6 +72,7 @@ class TinyImageEncoder(nn.Module):
     description = Description(
         *("tiny-image", "images", 1, WIDTH, EMBEDDING, "64 × 64 pixels", LICENCE),
         grid=(IMAGE_GRID, IMAGE_GRID),
+        side=64,
     )
 
     def __init__(self, layers: int = 1) -> None:

@@ -1,5 +1,6 @@
 """How good is it, and how sure: embeddings to ranks to Recall@K, intervals; knows no model."""
 
+from cmdlab.evaluation.npz import write_npz
 from cmdlab.evaluation.ranks import (
     RankTable,
     evaluate_file,
@@ -22,4 +23,5 @@ __all__ = [
     "rank_table",
     "ranks_of_scores",
     "retrieval_metrics",
+    "write_npz",
 ]

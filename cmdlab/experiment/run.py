@@ -43,6 +43,7 @@ from cmdlab.experiment.alignment import foil_test, pointing_game
 from cmdlab.records import read_result, write_json
 from cmdlab.retrieval import (
     Denoising,
+    Frozen,
     Ranker,
     RetrievalModel,
     Trained,
@@ -232,6 +233,10 @@ def measure(
     spoken = [caption.speaker for caption in data.test.corpus.captions]
     Voices.of(spoken, heard).save(run_folder / "voices.npz")
     model.cpu().eval()
+    model.encoders = {
+        "speech": _frozen(data.test.speech.encoder),
+        "image": _frozen(data.test.image.encoder),
+    }
     if ranker is None:  # what is exported retrieves by dot products alone
         model.save_pretrained(run_folder / "model")
     corpus = data.test.corpus
@@ -378,6 +383,10 @@ def searcher(
 
 def _identity(encoder: Encoder) -> dict[str, str]:
     return {"name": encoder.name, "sha256": weights_of(encoder)}
+
+
+def _frozen(encoder: Encoder) -> Frozen:
+    return Frozen(encoder.name, weights_of(encoder), encoder.layers)
 
 
 def _pointed(data: Data) -> range:

@@ -1,7 +1,7 @@
 """What is trained: the retrieval model; in training a denoiser beside it; losses and the loop."""
 
 from cmdlab.retrieval.denoising import Denoising
-from cmdlab.retrieval.model import RetrievalModel
+from cmdlab.retrieval.model import Frozen, RetrievalModel
 from cmdlab.retrieval.parallel import first_process_first, is_first_process, joined
 from cmdlab.retrieval.recipe import parameters_of
 from cmdlab.retrieval.training import (
@@ -17,6 +17,7 @@ from cmdlab.retrieval.training import (
 
 __all__ = [
     "Denoising",
+    "Frozen",
     "Ranker",
     "RetrievalModel",
     "Trained",

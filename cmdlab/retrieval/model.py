@@ -5,6 +5,7 @@ Nothing here knows of denoising: a model trained with it and one trained without
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from cmdlab.errors import InputError
 from cmdlab.outputs import write_file
 
+MODULES = Path(__file__).with_name("modules")  # trained ones that ship, a folder each
 GROUP = 32  # captions that the speech head computes together on a CPU
 
 
@@ -29,6 +31,16 @@ class Shape:
     heads: int = 4
     image_head: str = "global"  # or "patches"
     normalise_layers: bool = False  # each speech state has unit variance before they are mixed
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Which frozen encoder a model was trained on: the SHA-256 of its weights, and which states of
+    a speech encoder's tokens were kept, by their numbers; none means all."""
+
+    name: str
+    sha256: str
+    layers: tuple[int, ...] = ()
 
 
 class SpeechHead(nn.Module):
@@ -201,13 +213,18 @@ class ImageHead(nn.Module):
 
 
 class RetrievalModel(nn.Module):
-    """Both heads and the temperature of their contrastive training."""
+    """Both heads and the temperature of their contrastive training.
+
+    `encoders` says which frozen encoders the heads belong to, under "speech" and "image". It is
+    empty where that is not known, as in models saved before it was kept.
+    """
 
     MAX_SCALE = 100.0  # the bound of 1 / temperature, as CLIP has it
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, encoders: Mapping[str, Frozen] | None = None) -> None:
         super().__init__()
         self.shape = shape
+        self.encoders = dict(encoders or {})
         self.speech_head = SpeechHead(shape)
         self.image_head = ImageHead(shape)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -231,17 +248,26 @@ class RetrievalModel(nn.Module):
 
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
         write_file(folder / "model.safetensors", save(weights))
-        write_file(folder / "model.json", json.dumps(asdict(self.shape), indent=1) + "\n")
+        description = asdict(self.shape)
+        if self.encoders:
+            description["encoders"] = {kind: asdict(one) for kind, one in self.encoders.items()}
+        write_file(folder / "model.json", json.dumps(description, indent=1) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> "RetrievalModel":
-        """Read what `save_pretrained` wrote. Raises InputError where the files do not fit."""
+    def from_pretrained(cls, source: Path | str) -> "RetrievalModel":
+        """Read what `save_pretrained` wrote: a module that ships, by its name, or a folder.
+
+        A name that ships means that module, whatever lies in the working folder; `./NAME` is a
+        folder. Raises InputError where there is neither, and where the files do not fit.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        folder = _folder_of(source)
         try:
+            shape, encoders = _described((folder / "model.json").read_text())
             with torch.device("meta"):  # sizes that the weights do not have cost no memory
-                model = cls(Shape(**json.loads((folder / "model.json").read_text())))
+                model = cls(shape, encoders)
             model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
         except (
             OSError,
@@ -257,3 +283,33 @@ class RetrievalModel(nn.Module):
                 f"{folder}: holds no retrieval model ({reason}); train it again"
             ) from error
         return model.float()
+
+
+def _folder_of(source: Path | str) -> Path:
+    names = sorted(folder.name for folder in MODULES.glob("*") if folder.is_dir())
+    if source in names:
+        return MODULES / source
+    if isinstance(source, str) and not Path(source).exists():
+        raise InputError(
+            f"{source}: is neither a folder nor one of the modules that ship "
+            f"({', '.join(names) or 'none yet'}); give the folder of a trained model, as RUN/model"
+        )
+    return Path(source)
+
+
+def _described(text: str) -> tuple[Shape, dict[str, Frozen]]:
+    """What model.json says. Raises ValueError or TypeError where it is no such description."""
+    sizes = json.loads(text)
+    if not isinstance(sizes, dict):
+        raise ValueError("model.json holds no object")
+    kinds = sizes.pop("encoders", {})
+    if kinds and set(kinds) != {"speech", "image"}:
+        raise ValueError("'encoders' holds no 'speech' and 'image'")
+    return Shape(**sizes), {kind: _frozen(**kinds[kind]) for kind in kinds}
+
+
+def _frozen(name: object, sha256: object, layers: object) -> Frozen:
+    named = isinstance(name, str) and isinstance(sha256, str)
+    if not named or not isinstance(layers, list) or not all(type(one) is int for one in layers):
+        raise ValueError("'encoders' does not say which they are")
+    return Frozen(str(name), str(sha256), tuple(layers))

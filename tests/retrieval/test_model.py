@@ -185,6 +185,15 @@ def edit_weights(change: Callable[[dict], object]) -> Callable[[Path], None]:
         edit_sizes(embedding=8.5),
         edit_sizes(image_head="attention"),
         edit_sizes(denoiser=1),
+        edit_sizes(encoders=[1]),
+        edit_sizes(encoders={"speech": {"name": "tiny-speech", "sha256": "0", "layers": []}}),
+        edit_sizes(encoders={"speech": {"name": 1}, "image": {"name": 1}}),
+        edit_sizes(
+            encoders={
+                kind: {"name": kind, "sha256": "0", "layers": [0, True]}
+                for kind in ("speech", "image")
+            }
+        ),
         edit_weights(lambda weights: weights.pop("log_scale")),
         edit_weights(lambda weights: weights.update(extra=torch.zeros(2))),
         edit_weights(lambda weights: weights.update({"speech_head.cls": torch.zeros(15)})),
