@@ -11,6 +11,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -175,6 +176,67 @@ def _sweep(chosen: Namespace) -> None:
     done.refuse_failures()
 
 
+def _index(chosen: Namespace) -> None:
+    from cmdlab.search import index_pictures
+
+    pictures = Path(os.path.abspath(chosen.pictures))
+    index = chosen.output or pictures.with_name(f"{pictures.name}.index")
+    open_model = partial(_retriever, chosen, chosen.model)
+    print(index_pictures(chosen.pictures, index, chosen.model, open_model))
+
+
+def _search(chosen: Namespace) -> None:
+    from cmdlab.search import Index, model_identity, recorded, spoken
+
+    asked = [chosen.query is not None, chosen.say is not None, chosen.record is not None]
+    if sum(asked) != 1:
+        raise InputError("say what to search for: one of QUERY.wav, --say TEXT, --record SECONDS")
+    index = Index(chosen.index)
+    model = chosen.model or index.model
+    if model_identity(model) != index.identity:
+        raise InputError(
+            f"{model}: is not the model that made {chosen.index}; name that one by --model, or "
+            "make the index again"
+        )
+    retriever = _retriever(chosen, model)
+    if chosen.query is not None:
+        vector = retriever.embed_speech(chosen.query)
+    elif chosen.say is not None:
+        vector = retriever.embed_speech(*spoken(chosen.say))
+    else:
+        print(f"recording for {chosen.record} s: speak now", file=sys.stderr)
+        vector = retriever.embed_speech(*recorded(chosen.record))
+    matches = index.nearest(vector, chosen.k)
+    paths = [str(index.pictures / match.path) for match in matches]
+    if chosen.json:
+        found = [
+            {"rank": match.rank, "score": match.score, "path": path}
+            for match, path in zip(matches, paths, strict=True)
+        ]
+        print(json.dumps(found, indent=1))
+    else:
+        for match, path in zip(matches, paths, strict=True):
+            print(f"{match.rank:3}  {match.score:+.4f}  {_on_one_line(path)}")
+
+
+def _retriever(chosen: Namespace, model: str) -> Any:
+    from cmdlab.experiment import pick_device
+    from cmdlab.search import Retriever
+
+    return Retriever(
+        model,
+        device=pick_device(chosen.device),
+        speech_weights=chosen.speech_weights,
+        image_weights=chosen.image_weights,
+    )
+
+
+def _on_one_line(path: str) -> str:
+    """A path with its control characters escaped: a name may hold a line's end, or colour a
+    terminal."""
+    return "".join(c if c >= " " and c != "\x7f" else f"\\x{ord(c):02x}" for c in path)
+
+
 def _report(chosen: Namespace) -> None:
     from cmdlab.reporting import publish, write_kernel_report, write_report
 
@@ -226,17 +288,11 @@ def _evaluate(chosen: Namespace) -> None:
 
 
 def _encode(chosen: Namespace) -> None:
-    from cmdlab.experiment import pick_device
-    from cmdlab.search import Retriever, encode_files, encode_pairs
+    from cmdlab.search import encode_files, encode_pairs
 
     if bool(chosen.files) == bool(chosen.pairs):
         raise InputError("give either FILES or --pairs FILE.csv")
-    retriever = Retriever(
-        chosen.model,
-        device=pick_device(chosen.device),
-        speech_weights=chosen.speech_weights,
-        image_weights=chosen.image_weights,
-    )
+    retriever = _retriever(chosen, chosen.model)
     if chosen.pairs:
         encode_pairs(retriever, chosen.pairs, chosen.output)
     else:
@@ -499,6 +555,53 @@ def _parser() -> ArgumentParser:
     )
     sweep.add_argument("--partition", metavar="NAME", help="of Slurm; default: the cluster's")
 
+    index = _command(
+        commands,
+        "index",
+        _index,
+        "make or update the index of a folder of pictures, to search in by speech",
+        """
+        Embed every picture below a folder that is new or has changed; moved and renamed ones are
+        known by their content, deleted ones forgotten. Hidden and system files are left out.
+        Pictures that cannot be read are listed, and the others go on. It can be killed at any
+        moment; the same command goes on where it was. Pictures are only read.
+
+        example: cmdlab index holiday --model runs/mine/model
+        output:  the index, a folder beside the pictures' (holiday.index) unless -o names another,
+                 and on standard output what was done
+        """,
+    )
+    index.add_argument("pictures", type=Path, metavar="PICTURES")
+    index.add_argument(
+        "--model", required=True, help="a trained model's folder, or the name of one that ships"
+    )
+    index.add_argument("-o", "--output", type=Path, metavar="INDEX")
+    _add_frozen_encoders(index)
+
+    search = _command(
+        commands,
+        "search",
+        _search,
+        "find the pictures that a spoken description fits best",
+        """
+        Search an index by a recording, by a text that espeak-ng speaks first, or by what the
+        microphone hears. Scores are dot products of unit vectors. No picture is opened.
+
+        example: cmdlab search holiday.index query.wav -k 5
+                 cmdlab search holiday.index --say "a red circle left of a star"
+        output:  rank, score and path of each picture, or with --json a list of the three; in JSON
+                 a byte that is no UTF-8 is a surrogate, which Python's os.fsencode turns back
+        """,
+    )
+    search.add_argument("index", type=Path, metavar="INDEX")
+    search.add_argument("query", type=Path, nargs="?", metavar="QUERY.wav", help="any sound file")
+    search.add_argument("--say", metavar="TEXT", help="spoken by espeak-ng, then searched for")
+    search.add_argument("--record", type=_positive, metavar="SECONDS", help="from the microphone")
+    search.add_argument("-k", type=_positive, default=12, help="pictures; default: %(default)s")
+    search.add_argument("--json", action="store_true", help="print JSON")
+    search.add_argument("--model", help="where the index's model lies now, if it was moved")
+    _add_frozen_encoders(search)
+
     report = _command(
         commands,
         "report",
@@ -542,7 +645,7 @@ def _parser() -> ArgumentParser:
         "operations",
         nargs="*",
         metavar="OPERATION",
-        help="retrieval_ranks, denoising_attention, info_nce; default: all",
+        help="retrieval_ranks, denoising_attention, info_nce, nearest; default: all",
     )
     bench.add_argument("--device", choices=["cpu", "cuda"], default=None, help="default: the GPU")
     bench.add_argument("--quick", action="store_true", help="small shapes only")
@@ -613,14 +716,7 @@ def _parser() -> ArgumentParser:
         "--model", required=True, metavar="MODEL", help="a module's name, or a folder as RUN/model"
     )
     encode.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.npz")
-    for kind in ("speech", "image"):
-        encode.add_argument(
-            f"--{kind}-weights",
-            default="",
-            metavar="PATH",
-            help=f"the {kind} encoder's weights, where they were given in training too",
-        )
-    encode.add_argument("--device", default="auto", help="default: a GPU where there is one")
+    _add_frozen_encoders(encode)
 
     module = commands.add_parser("module", help="hand on a trained model, by a folder or a hub")
     ways = module.add_subparsers(metavar="make|push|pull", required=True)
@@ -672,6 +768,17 @@ def _parser() -> ArgumentParser:
     pull.add_argument("folder", type=Path, metavar="DIR")
     pull.add_argument("--revision", metavar="COMMIT", help="default: the newest")
     return parser
+
+
+def _add_frozen_encoders(command: _Parser) -> None:
+    for kind in ("speech", "image"):
+        command.add_argument(
+            f"--{kind}-weights",
+            default="",
+            metavar="PATH",
+            help=f"the {kind} encoder's weights, where they were given in training too",
+        )
+    command.add_argument("--device", default="auto", help="default: a GPU where there is one")
 
 
 def _command(

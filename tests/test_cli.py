@@ -22,6 +22,8 @@ COMMANDS = [
     ["corpus", "import"],
     ["train"],
     ["sweep"],
+    ["index"],
+    ["search"],
     ["report"],
     ["bench"],
     ["evaluate"],

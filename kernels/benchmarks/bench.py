@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-OPERATIONS = ("retrieval_ranks", "denoising_attention", "info_nce")
+OPERATIONS = ("retrieval_ranks", "denoising_attention", "info_nce", "nearest")
 COLUMNS = (
     *("operation", "provider", "mode", "dtype", "shape", "metric", "p20", "p50", "p80"),
     *("flops", "bytes", "fraction_of_floor", "peak_memory_bytes", "precisions"),

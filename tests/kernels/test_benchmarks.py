@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "kernels" / "benchmarks")
     yield importlib.import_module("bench")
-    for name in ("bench", "retrieval_ranks", "denoising_attention", "info_nce"):
+    for name in ("bench", "retrieval_ranks", "denoising_attention", "info_nce", "nearest"):
         sys.modules.pop(name, None)
 
 
@@ -50,6 +50,21 @@ def test_a_quick_run_writes_every_figure(processor, bench, tmp_path, capsys):
     assert all(re.fullmatch(r"(cpu-\w+ [\d.]+ %(, |$))+", text) for text in shares.values())
     printed = capsys.readouterr().out
     assert all(provider in printed for provider in timed)
+
+
+def test_the_nearest_are_timed_once_they_are_right(bench, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "cpu.csv"
+    assert bench.run_benchmarks("cpu", quick=True, operations=["nearest"], output=output)
+    with output.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["operation"] == "nearest"]
+    assert {row["mode"] for row in rows} == {"as trained", "random directions"}
+    assert {"cmdlab.search scan", "torch matmul + top-k"} <= {row["provider"] for row in rows}
+
+    nearest = importlib.import_module("nearest")
+    right = nearest.Gallery.candidates
+    monkeypatch.setattr(nearest.Gallery, "candidates", lambda *asked: right(*asked)[1:])
+    assert not bench.run_benchmarks("cpu", quick=True, operations=["nearest"])
+    assert "cmdlab.search scan differs from the reference" in capsys.readouterr().err
 
 
 def test_the_default_file_tells_the_kind_of_processor(bench, tmp_path, capsys, monkeypatch):
