@@ -186,19 +186,12 @@ def _index(chosen: Namespace) -> None:
 
 
 def _search(chosen: Namespace) -> None:
-    from cmdlab.search import Index, model_identity, recorded, spoken
+    from cmdlab.search import recorded, spoken
 
     asked = [chosen.query is not None, chosen.say is not None, chosen.record is not None]
     if sum(asked) != 1:
         raise InputError("say what to search for: one of QUERY.wav, --say TEXT, --record SECONDS")
-    index = Index(chosen.index)
-    model = chosen.model or index.model
-    if model_identity(model) != index.identity:
-        raise InputError(
-            f"{model}: is not the model that made {chosen.index}; name that one by --model, or "
-            "make the index again"
-        )
-    retriever = _retriever(chosen, model)
+    index, retriever = _open_index(chosen)
     if chosen.query is not None:
         vector = retriever.embed_speech(chosen.query)
     elif chosen.say is not None:
@@ -217,6 +210,46 @@ def _search(chosen: Namespace) -> None:
     else:
         for match, path in zip(matches, paths, strict=True):
             print(f"{match.rank:3}  {match.score:+.4f}  {_on_one_line(path)}")
+
+
+def _serve(chosen: Namespace) -> None:
+    from cmdlab.search import serve_page
+
+    serve_page(*_open_index(chosen), port=chosen.port)
+
+
+def _worth(chosen: Namespace) -> None:
+    from cmdlab.search import Index, write_worth
+
+    if chosen.queries is None:
+        index, retriever = Index(chosen.index), None
+    else:
+        index, retriever = _open_index(chosen)
+    write_worth(
+        index,
+        retriever,
+        chosen.output,
+        queries=chosen.queries,
+        seconds_per_picture=chosen.seconds_per_picture,
+        price=chosen.price,
+        currency=chosen.currency,
+    )
+    if not is_standard_output(chosen.output):
+        print(chosen.output)
+
+
+def _open_index(chosen: Namespace) -> tuple[Any, Any]:
+    """The index and the model that made it."""
+    from cmdlab.search import Index, model_identity
+
+    index = Index(chosen.index)
+    model = chosen.model or index.model
+    if model_identity(model) != index.identity:
+        raise InputError(
+            f"{model}: is not the model that made {chosen.index}; name that one by --model, or "
+            "make the index again"
+        )
+    return index, _retriever(chosen, model)
 
 
 def _retriever(chosen: Namespace, model: str) -> Any:
@@ -602,6 +635,58 @@ def _parser() -> ArgumentParser:
     search.add_argument("--model", help="where the index's model lies now, if it was moved")
     _add_frozen_encoders(search)
 
+    serve = _command(
+        commands,
+        "serve",
+        _serve,
+        "a page on this machine: speak or type, and see the pictures that fit best",
+        """
+        Serve a page for the browser on this machine, at the loopback address alone. Record a
+        sentence, drop a sound file or type a text, which espeak-ng speaks; look at the pictures
+        that fit best and where in them each word fits. Nothing is fetched from elsewhere, and
+        nothing leaves the machine. What is said on the page of its answers is noted in
+        INDEX/verdicts.jsonl, from which `cmdlab worth` reckons. Ctrl-C ends it.
+
+        example: cmdlab serve holiday.index
+        output:  the page's address, on standard error
+        """,
+    )
+    serve.add_argument("index", type=Path, metavar="INDEX")
+    serve.add_argument("--port", type=_port, default=7860, help="default: %(default)s; 0: any")
+    serve.add_argument("--model", help="where the index's model lies now, if it was moved")
+    _add_frozen_encoders(serve)
+
+    worth = _command(
+        commands,
+        "worth",
+        _worth,
+        "one HTML sheet: how soon the search finds own pictures, and the time that it saves",
+        """
+        Draw a sheet from own pairs of a recording and its picture, or without --queries from what
+        was said on the page: how many are found at once and on one screen, with intervals; the
+        pictures looked at before the right one; the time saved against leafing through; and the
+        cost of an hour of training. Pairs are a CSV file as `cmdlab corpus import` takes it, with
+        the columns audio and image; its pictures are in the index.
+
+        example: cmdlab worth holiday.index --queries pairs.csv --price 2.50 -o worth.html
+        output:  the file given by -o, which opens offline in any browser
+        """,
+    )
+    worth.add_argument("index", type=Path, metavar="INDEX")
+    worth.add_argument("--queries", type=Path, metavar="PAIRS.csv", help="default: the page's log")
+    worth.add_argument(
+        "--seconds-per-picture",
+        type=_share,
+        default=1.0,
+        metavar="S",
+        help="that a look at one takes; default: %(default)s",
+    )
+    worth.add_argument("--price", type=_share, help="of an hour of training on one GPU")
+    worth.add_argument("--currency", default="EUR", help="of the price; default: %(default)s")
+    worth.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html")
+    worth.add_argument("--model", help="where the index's model lies now, if it was moved")
+    _add_frozen_encoders(worth)
+
     report = _command(
         commands,
         "report",
@@ -799,6 +884,13 @@ def _positive(text: str) -> int:
     number = int(text) if text.isascii() and text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return number
+
+
+def _port(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdecimal() else -1
+    if not 0 <= number < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
     return number
 
 

@@ -31,6 +31,8 @@ COMMANDS = [
     ["module", "make"],
     ["module", "push"],
     ["module", "pull"],
+    ["serve"],
+    ["worth"],
 ]
 
 

@@ -37,12 +37,13 @@ def convert_sound(content: bytes) -> tuple[bytes, str]:
     return converted.getvalue(), ".flac"
 
 
-def decode_sound(content: bytes) -> NDArray[np.float32]:
+def decode_sound(content: bytes, *, longest: int = MAX_SECONDS) -> NDArray[np.float32]:
     """A sound file of any kind that libsndfile reads: float32 [samples] at 16 kHz in [-1, 1].
 
-    Channels are averaged. Raises BadEntry as `convert_sound` does.
+    Channels are averaged. longest: in seconds; no more is decoded. Raises BadEntry as
+    `convert_sound` does.
     """
-    return _decoded(content)[0]
+    return _decoded(content, longest)[0]
 
 
 def to_speech(samples: ArrayLike, rate: int) -> NDArray[np.float32]:
@@ -66,14 +67,14 @@ def to_speech(samples: ArrayLike, rate: int) -> NDArray[np.float32]:
     return _resampled(_finite(mono), rate)
 
 
-def _decoded(content: bytes) -> tuple[NDArray[np.float32], bool, str]:
+def _decoded(content: bytes, longest: int = MAX_SECONDS) -> tuple[NDArray[np.float32], bool, str]:
     """float32 [samples] at 16 kHz, whether a corpus takes the file as it is, and its format."""
     try:
         whole = with_its_length(io.BytesIO(content), len(content))
         with soundfile.SoundFile(whole or io.BytesIO(content)) as file:
             form, rate = file.format, file.samplerate
             ready = (file.subtype, rate, file.channels) == ("PCM_16", SAMPLE_RATE, 1)
-            waveform = _mono(file)
+            waveform = _mono(file, longest)
     except (soundfile.SoundFileError, OSError) as error:
         reason = reason_of(error) if content else "empty file"
         raise BadEntry(
@@ -91,7 +92,7 @@ def _resampled(waveform: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
     return np.clip(waveform, -1, 1)
 
 
-def _mono(file: soundfile.SoundFile) -> NDArray[np.float32]:
+def _mono(file: soundfile.SoundFile, longest: int) -> NDArray[np.float32]:
     """The mean of a file's channels, at its own rate: float32 [samples]. Raises BadEntry."""
     rate, stated = file.samplerate, file.frames
     _check_rate(rate)
@@ -100,8 +101,8 @@ def _mono(file: soundfile.SoundFile) -> NDArray[np.float32]:
     while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
         blocks.append(block.mean(axis=1))
         samples += len(block)
-        if samples > MAX_SECONDS * rate:
-            raise BadEntry(f"lasts over {MAX_SECONDS} s; cut it")
+        if samples > longest * rate:
+            raise BadEntry(f"lasts over {longest} s; cut it")
     if not samples:
         raise BadEntry("holds no sound; replace it or remove its entry")
     if samples < stated and file.format != "MPEG":  # an MP3 file states no more than an estimate

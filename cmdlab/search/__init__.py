@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from cmdlab.search.benchmark import BenchmarkEncoder
     from cmdlab.search.modules import make_module, pull_module, push_module
     from cmdlab.search.retriever import Retriever
+    from cmdlab.search.serve import serve_page
     from cmdlab.search.vectors import encode_files, encode_pairs
+    from cmdlab.search.worth import write_worth
 
 _WITH_TORCH = {  # which takes longer to load than an unchanged folder to look through
     "BenchmarkEncoder": "benchmark",
@@ -21,6 +23,8 @@ _WITH_TORCH = {  # which takes longer to load than an unchanged folder to look t
     "make_module": "modules",
     "pull_module": "modules",
     "push_module": "modules",
+    "serve_page": "serve",
+    "write_worth": "worth",
 }
 
 __all__ = [
@@ -38,7 +42,9 @@ __all__ = [
     "pull_module",
     "push_module",
     "recorded",
+    "serve_page",
     "spoken",
+    "write_worth",
 ]
 
 

@@ -1,11 +1,12 @@
 """A small trained model, and the recordings and pictures of the smoke corpus' test split."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cmdlab.experiment import run_experiment
-from cmdlab.search import Retriever
+from cmdlab.search import Index, Retriever, index_pictures
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +21,15 @@ def run(smoke_corpus, smoke_data, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def retriever(run) -> Retriever:
     return Retriever(run / "model")
+
+
+@pytest.fixture(scope="session")
+def make_index(run, retriever) -> Callable[[Path], Index]:
+    """Makes the index of a folder of pictures, beside it."""
+
+    def make(pictures: Path) -> Index:
+        folder = pictures.with_name(f"{pictures.name}.index")
+        index_pictures(pictures, folder, run / "model", lambda: retriever, progress=False)
+        return Index(folder)
+
+    return make
