@@ -170,6 +170,7 @@ def _sweep(chosen: Namespace) -> None:
         runs=chosen.runs,
         workers=chosen.workers,
         smoke=chosen.smoke,
+        overrides=dict(chosen.parameters),
         engine=engine,
     )
     print(f"{done.listing}: {done.done} run, {done.resumed} kept from before, {done.failed} failed")
@@ -558,6 +559,15 @@ def _parser() -> ArgumentParser:
     )
     sweep.add_argument("file", type=Path, metavar="FILE", help="a YAML sweep file")
     sweep.add_argument("--smoke", action="store_true", help="shrink every cell to seconds")
+    sweep.add_argument(
+        "-p",
+        dest="parameters",
+        type=_parameter,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="replace a parameter of every cell, as corpus=/data/flickr8k; may be repeated",
+    )
     sweep.add_argument(
         "--workers",
         type=_positive,

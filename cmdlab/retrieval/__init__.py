@@ -12,6 +12,7 @@ from cmdlab.retrieval.training import (
     embed_images,
     embed_speech,
     rank,
+    time_step,
     train,
 )
 
@@ -30,5 +31,6 @@ __all__ = [
     "joined",
     "parameters_of",
     "rank",
+    "time_step",
     "train",
 ]

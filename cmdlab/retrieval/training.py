@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cmdlab.encoders import Features, FeatureStore, OnlineSpeech
+from cmdlab.encoders import Description, Features, FeatureStore, OnlineSpeech
 from cmdlab.errors import InputError, check_seed, check_types
 from cmdlab.evaluation import RankTable, rank_table, retrieval_metrics
 from cmdlab.outputs import write_file
@@ -162,11 +162,12 @@ def train(
         raise InputError(
             f"batch_size: {batch_size} captions are too few for {process_count()} processes"
         )
+    speech, image = train_features.speech, train_features.image
     shape = Shape(
-        train_features.speech.layers,
-        train_features.speech.width,
-        train_features.image.width,
-        train_features.image.embeddings.shape[1],
+        speech.layers,
+        speech.width,
+        image.width,
+        image.embeddings.shape[1],
         heads=training.heads,
         image_head=training.image_head,
         normalise_layers=training.normalise_layers,
@@ -377,6 +378,56 @@ def embed_images(
         parts.append(model.image_head(patches, frozen)[1].cpu())
     model.train(was_training)
     return torch.cat(parts)
+
+
+def time_step(
+    training: Training,
+    speech: Description,
+    image: Description,
+    *,
+    captions: int,
+    tokens: int,
+    device: str = "cpu",
+) -> float:
+    """Seconds that a step takes on so many captions of so many tokens, made up at random.
+
+    With encoders so described; what they take themselves is not in it.
+    """
+    assert image.grid is not None
+    model = RetrievalModel(
+        Shape(
+            *(speech.layers, speech.width, image.width, image.embedding),
+            heads=training.heads,
+            image_head=training.image_head,
+            normalise_layers=training.normalise_layers,
+        )
+    ).to(device)
+    patches = image.grid[0] * image.grid[1]
+    denoisers = nn.ModuleDict()
+    if training.weight:
+        denoisers = make_denoisers(training.denoising, model.shape, patches).to(device)
+    optimiser = torch.optim.AdamW([*model.parameters(), *denoisers.parameters()])
+    batch = Batch(
+        torch.randn(speech.layers, captions * tokens, speech.width, device=device),
+        torch.full((captions,), tokens, device=device),
+        torch.randn(captions, patches, image.width, device=device),
+        nn.functional.normalize(torch.randn(captions, image.embedding, device=device), dim=-1),
+        torch.arange(captions, device=device),
+    )
+    precision = torch.bfloat16 if training.precision == "bfloat16" else None
+    seconds = []
+    for step in range(3):  # the first one warms up
+        started = time.perf_counter()
+        optimiser.zero_grad(set_to_none=True)
+        with torch.autocast(batch.states.device.type, precision, enabled=precision is not None):
+            losses = training_losses(
+                model, denoisers, batch, training.weight, torch.Generator().manual_seed(step)
+            )
+        losses.total.backward()
+        optimiser.step()
+        losses.total.item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
 
 
 def rank(

@@ -214,11 +214,19 @@ def test_weights_in_half_precision_are_read_as_single(saved):
     assert dtypes == {torch.float32}
 
 
-def test_it_can_be_as_large_as_the_published_head():
-    """As SpeechCLIP's parallel head on HuBERT large and CLIP ViT-L/14, counted by hand."""
-    large = RetrievalModel(Shape(25, 1024, 1024, 768, heads=8))
-    width, inner = 1024, 4096
+@pytest.mark.parametrize(
+    ("states", "width", "patch_width", "embedding", "count"),
+    [(13, 768, 768, 512, 7_483_918), (25, 1024, 1024, 768, 13_386_522)],
+)
+def test_it_is_as_large_as_the_readme_says(states, width, patch_width, embedding, count):
+    """As SpeechCLIP's parallel head, on HuBERT and CLIP of either size, counted by hand."""
+    model = RetrievalModel(Shape(states, width, patch_width, embedding, heads=8))
+    inner = 4 * width
     attention = 4 * (width * width + width)
     feed_forward = 2 * width * inner + inner + width
-    expected = 25 + width + attention + feed_forward + 3 * 2 * width + width * 768 + 768 + 1
-    assert sum(p.numel() for p in large.parameters()) == expected == 13_386_522
+    projection = width * embedding + embedding
+    expected = states + width + attention + feed_forward + 3 * 2 * width + projection + 1
+    assert sum(p.numel() for p in model.parameters()) == expected == count
+    more = expected + embedding * embedding + embedding  # a linear map for images
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"| {count:,} | {more:,} |" in readme
