@@ -191,7 +191,7 @@ def test_the_learning_rate_rises_and_falls(warm_up):
 
 
 def test_the_best_model_is_the_one_of_the_highest_recall(features, toy_features):
-    """Steps too long to come to rest, so the last is not the best; compared with runs that end at each."""
+    """Steps too long to come to rest, so the last is not the best; against runs that end there."""
     longer = {"steps": 20, "validate_every": 2, "learning_rate": 0.1, "schedule": "constant"}
     training = replace(CONTRASTIVE, **longer)
     validation = toy_features(images=60, seed=1)
