@@ -152,8 +152,8 @@ def backward_in_shares(
     @lru_cache(maxsize=1)
     def encoded(first: int, last: int, graph: bool) -> tuple[Tensor, Tensor, dict[str, Reading]]:
         torch.manual_seed((seed + first) % 2**64)
-        offset = int(share[0])
-        batch = _part(loaded, first - offset, last - offset + behind, device)
+        begin = first - int(share[0])
+        batch = _part(loaded, begin, last - first + begin + behind, device)
         with torch.set_grad_enabled(graph), autocast():
             made = encode(model, batch)
         return made.speech[behind:], made.image[behind:], readings(model, batch, made, behind)
@@ -295,7 +295,8 @@ def _add_up(*tensors: Tensor) -> None:
     """Sum each over the processes, in place."""
     if process_count() > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            if tensor.numel():
+                dist.all_reduce(tensor)
 
 
 def _add_up_gradients(parameters: list[nn.Parameter]) -> None:
