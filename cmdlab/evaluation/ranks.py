@@ -178,6 +178,8 @@ def ranks_of_scores(
     speech_image: int64 [N], the column of each caption's image; each image with one or more.
     Raises InputError for NaN or infinity, and for an image without a caption.
     """
+    import torch
+
     for name, scores in (("speech", speech_to_image), ("image", image_to_speech)):
         if not torch.isfinite(scores).all():
             raise InputError(f"scores of {name} queries hold NaN or infinity; repair the system")
