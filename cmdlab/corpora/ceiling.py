@@ -67,9 +67,9 @@ def images_told_of(facts: Sequence[dict[str, Any]], scenes: Sequence[Scene]) -> 
             reduce(np.logical_and, (is_so[stated] for stated in mention.items()), is_there).any(0)
             for mention in caption["mentions"]
         ]
-        candidates = np.flatnonzero(reduce(np.logical_and, fits))
-        true = [caption_is_true(caption, scenes[i]) for i in candidates.tolist()]
-        told_of.append(candidates[np.array(true, bool)])
+        candidates = np.flatnonzero(reduce(np.logical_and, fits)).tolist()
+        true = [image for image in candidates if caption_is_true(caption, scenes[image])]
+        told_of.append(np.array(true, np.int64))
     return told_of
 
 

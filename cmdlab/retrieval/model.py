@@ -116,17 +116,14 @@ class SpeechHead(nn.Module):
         longest = [int(lengths[group[-1]]) for group in groups]
         rows = [len(group) * most for group, most in zip(groups, longest, strict=True)]
         # One group after another, each padded to its longest: where each token then stands.
-        start = torch.cat(
-            [
-                sum(rows[:i]) + most * torch.arange(len(group), device=lengths.device)
-                for i, (group, most) in enumerate(zip(groups, longest, strict=True))
-            ]
-        )
-        start = torch.empty_like(start).index_copy_(0, torch.cat(groups), start)
+        start, end = torch.empty_like(lengths), 0
+        for group, most in zip(groups, longest, strict=True):
+            start[group] = end + most * torch.arange(len(group), device=lengths.device)
+            end += most * len(group)
         start -= lengths.cumsum(0) - lengths
         place = start.repeat_interleave(lengths, output_size=len(tokens))
         place += torch.arange(len(tokens), device=lengths.device)
-        padded = projected.new_zeros(sum(rows), projected.shape[1]).index_copy_(0, place, projected)
+        padded = projected.new_zeros(end, projected.shape[1]).index_copy_(0, place, projected)
         parts: list[Tensor] = []
         for group, most, part in zip(groups, longest, padded.split(rows), strict=True):
             part = part.view(len(group), most, 3, attention.num_heads, -1)
@@ -137,7 +134,7 @@ class SpeechHead(nn.Module):
                 mixed = scores.masked_fill_(~kept, -torch.inf).softmax(-1) @ value
             else:
                 mixed = nn.functional.scaled_dot_product_attention(query, key, value, kept)
-            parts.append(mixed.transpose(1, 2).reshape(rows[len(parts)], -1))
+            parts.append(mixed.transpose(1, 2).flatten(2).flatten(0, 1))
         return attention.out_proj(_Take.apply(torch.cat(parts), place))
 
     def pool(self, tokens: Tensor, lengths: Tensor) -> Tensor:

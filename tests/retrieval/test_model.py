@@ -75,6 +75,21 @@ def test_captions_computed_in_groups_come_back_in_their_order(model):
         assert torch.allclose(alone[1][0], embeddings[row], atol=1e-5)
 
 
+def test_captions_computed_in_groups_have_the_gradients_of_each_alone(model):
+    generator = torch.Generator().manual_seed(3)
+    head = model.speech_head.double()
+    lengths = torch.randint(1, 10, (GROUP + 3,), generator=generator)
+    states = torch.randn(3, int(lengths.sum()), 16, generator=generator, dtype=torch.double)
+    wanted = torch.randn(len(lengths), 8, generator=generator, dtype=torch.double)
+    (head(states, lengths)[1] * wanted).sum().backward()
+    together = [parameter.grad for parameter in head.parameters()]
+    head.zero_grad()
+    for row, own in enumerate(states.split(lengths.tolist(), 1)):
+        (head(own, lengths[row : row + 1])[1] * wanted[row]).sum().backward()
+    for found, parameter in zip(together, head.parameters(), strict=True):
+        assert torch.allclose(found, parameter.grad, atol=1e-12)
+
+
 def test_an_embedding_is_a_weighted_mean_of_the_tokens_own(model, states):
     """So that a word can be looked for in an image by itself."""
     head = model.speech_head
