@@ -481,12 +481,11 @@ def _parser() -> ArgumentParser:
         Train one retrieval model on a corpus and evaluate it. Stopped, it goes on from its last
         checkpoint when the same command is given again.
 
-        Started by torchrun, its processes train the model together, on a GPU each or on CPUs: the
-        same run as that of one process, to rounding, whatever their number. The folders must be
-        shared by all machines.
+        Started as `torchrun --nproc-per-node 8 -m cmdlab train ...`, its processes train the model
+        together, on a GPU each or on CPUs: the same run as that of one process, to rounding,
+        whatever their number. All machines must share the folders.
 
         example: cmdlab train --corpus data/default --output runs/mine -p weight=1.0 -p seed=3
-        example: torchrun --nproc-per-node 8 -m cmdlab train --corpus data/default --output runs/all
         output:  the folder given by --output: model/, ranks.npz, voices.npz and result.json; the
                  metrics are printed as JSON
         """,
