@@ -2,13 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: study smoke test bench profile clean help
+.PHONY: study smoke demo test bench profile clean help
 
 study: .venv/installed ## the study: corpus, training, report (README has its times)
 	$(BIN)/cmdlab study
 
 smoke: .venv/installed ## the same with everything shrunk (2 minutes)
 	$(BIN)/cmdlab study --smoke
+
+demo: .venv/tested ## a page where speech finds pictures, by the module that ships (a minute, once installed)
+	$(BIN)/cmdlab corpus make study/demo --preset smoke
+	$(BIN)/cmdlab index study/demo/images --model spoken-scenes-cmd -o study/demo.index
+	@echo 'Open the page below, and type: a red circle; a small blue star; a green square above something'
+	$(BIN)/cmdlab serve study/demo.index
 
 test: .venv/tested ## format, lint, types and all tests (a quarter of an hour on two cores)
 	$(BIN)/ruff format --check .

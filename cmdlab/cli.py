@@ -127,7 +127,8 @@ def _corpus_import(chosen: Namespace) -> None:
 
 def _train(chosen: Namespace) -> None:
     from cmdlab.encoders import Encoder
-    from cmdlab.experiment import run_experiment
+    from cmdlab.experiment import pick_device, run_experiment
+    from cmdlab.retrieval import is_first_process, joined
 
     parameters: dict[str, Any] = {}
     for name, value in chosen.parameters:
@@ -138,19 +139,21 @@ def _train(chosen: Namespace) -> None:
                 f"-p {name} is no parameter of the training; `cmdlab train --help` has the options"
             )
         parameters[name] = value
-    result = run_experiment(
-        chosen.corpus,
-        chosen.output,
-        speech_encoder=Encoder(
-            chosen.speech_encoder, chosen.speech_weights, tuple(chosen.speech_layers)
-        ),
-        image_encoder=Encoder(chosen.image_encoder, chosen.image_weights),
-        online=chosen.online,
-        device=chosen.device,
-        skip_bad=chosen.skip_bad,
-        **parameters,
-    )
-    print(json.dumps(result["metrics"], indent=2))
+    with joined(pick_device(chosen.device)) as device:
+        result = run_experiment(
+            chosen.corpus,
+            chosen.output,
+            speech_encoder=Encoder(
+                chosen.speech_encoder, chosen.speech_weights, tuple(chosen.speech_layers)
+            ),
+            image_encoder=Encoder(chosen.image_encoder, chosen.image_weights),
+            online=chosen.online,
+            device=device,
+            skip_bad=chosen.skip_bad,
+            **parameters,
+        )
+        if is_first_process():
+            print(json.dumps(result["metrics"], indent=2))
 
 
 def _sweep(chosen: Namespace) -> None:
@@ -167,6 +170,7 @@ def _sweep(chosen: Namespace) -> None:
         runs=chosen.runs,
         workers=chosen.workers,
         smoke=chosen.smoke,
+        overrides=dict(chosen.parameters),
         engine=engine,
     )
     print(f"{done.listing}: {done.done} run, {done.resumed} kept from before, {done.failed} failed")
@@ -477,6 +481,10 @@ def _parser() -> ArgumentParser:
         Train one retrieval model on a corpus and evaluate it. Stopped, it goes on from its last
         checkpoint when the same command is given again.
 
+        Started as `torchrun --nproc-per-node 8 -m cmdlab train ...`, its processes train the model
+        together, on a GPU each or on CPUs: the same run as that of one process, to rounding,
+        whatever their number. All machines must share the folders.
+
         example: cmdlab train --corpus data/default --output runs/mine -p weight=1.0 -p seed=3
         output:  the folder given by --output: model/, ranks.npz, voices.npz and result.json; the
                  metrics are printed as JSON
@@ -550,6 +558,15 @@ def _parser() -> ArgumentParser:
     )
     sweep.add_argument("file", type=Path, metavar="FILE", help="a YAML sweep file")
     sweep.add_argument("--smoke", action="store_true", help="shrink every cell to seconds")
+    sweep.add_argument(
+        "-p",
+        dest="parameters",
+        type=_parameter,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="replace a parameter of every cell, as corpus=/data/flickr8k; may be repeated",
+    )
     sweep.add_argument(
         "--workers",
         type=_positive,

@@ -21,7 +21,7 @@ def check_types(recipe: Any) -> None:
     for field in fields(recipe):
         value = getattr(recipe, field.name)
         wanted = (int, float) if field.type is float else field.type
-        if not isinstance(value, wanted) or isinstance(value, bool):  # type: ignore[arg-type]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and field.type is not bool):  # type: ignore[arg-type]
             raise InputError(f"{field.name}: {value!r} is no {field.type.__name__}")  # type: ignore[union-attr]
 
 

@@ -27,6 +27,10 @@ COMMANDS = [
     ["report"],
     ["bench"],
     ["evaluate"],
+    ["encode"],
+    ["module", "make"],
+    ["module", "push"],
+    ["module", "pull"],
     ["serve"],
     ["worth"],
 ]

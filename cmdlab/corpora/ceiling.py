@@ -8,13 +8,13 @@ Recall@K is computed in closed form.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import permutations
+from functools import reduce
 from math import comb
 from typing import Any
 
 import numpy as np
 
-from cmdlab.corpora.scenes import ATTRIBUTES, VALUES, Scene
+from cmdlab.corpora.scenes import ATTRIBUTES, VALUES, Scene, caption_is_true
 
 CUTOFFS = (1, 5, 10)
 
@@ -47,33 +47,30 @@ def ceiling(
 def images_told_of(facts: Sequence[dict[str, Any]], scenes: Sequence[Scene]) -> list[np.ndarray]:
     """For each caption the indices of the scenes that it is true of, ascending.
 
-    Agrees with `scenes.caption_is_true`, which is the definition; vectorised over the scenes.
+    Agrees with `scenes.caption_is_true`, which is the definition, and asks it only of the scenes
+    that have an object for each of the caption's mentions: one in a hundred or so.
     """
     most = max(len(scene.objects) for scene in scenes)
-    coded = np.full((len(scenes), most, len(ATTRIBUTES)), -1, np.int8)  # -1: no such object
+    is_so = {  # bool [objects, scenes] for each attribute and value; False where there is no object
+        (name, value): np.zeros((most, len(scenes)), bool)
+        for name in ATTRIBUTES
+        for value in VALUES[name]
+    }
     for i, scene in enumerate(scenes):
         for j, item in enumerate(scene.objects):
-            coded[i, j] = [VALUES[name].index(getattr(item, name)) for name in ATTRIBUTES]
-    return [np.flatnonzero(_is_true(caption, coded)) for caption in facts]
-
-
-def _is_true(facts: dict[str, Any], coded: np.ndarray) -> np.ndarray:
-    """bool [scenes]; coded: int8 [scenes, objects, attributes]."""
-    fits = []  # for each mention bool [scenes, objects]: the object has all that is said of it
-    for mention in facts["mentions"]:
-        fit = coded[..., 0] >= 0
-        for name, value in mention.items():
-            fit = fit & (coded[..., ATTRIBUTES.index(name)] == VALUES[name].index(value))
-        fits.append(fit)
-    true = np.zeros(len(coded), bool)
-    for chosen in permutations(range(coded.shape[1]), len(fits)):
-        holds = np.logical_and.reduce([fit[:, j] for fit, j in zip(fits, chosen, strict=True)])
-        for i, relation, j in facts["relations"]:
-            axis = ATTRIBUTES.index("column" if relation in ("left of", "right of") else "row")
-            difference = coded[:, chosen[i], axis] - coded[:, chosen[j], axis]
-            holds &= difference < 0 if relation in ("left of", "above") else difference > 0
-        true |= holds
-    return true
+            for name in ATTRIBUTES:
+                is_so[name, getattr(item, name)][j, i] = True
+    is_there = reduce(np.logical_or, (is_so["shape", shape] for shape in VALUES["shape"]))
+    told_of = []
+    for caption in facts:
+        fits = [
+            reduce(np.logical_and, (is_so[stated] for stated in mention.items()), is_there).any(0)
+            for mention in caption["mentions"]
+        ]
+        candidates = np.flatnonzero(reduce(np.logical_and, fits)).tolist()
+        true = [image for image in candidates if caption_is_true(caption, scenes[image])]
+        told_of.append(np.array(true, np.int64))
+    return told_of
 
 
 def _chance_of_a_hit(captions: list[tuple[int, bool]], k: int) -> float:

@@ -22,7 +22,9 @@ RGB = {
     "white": (248, 248, 248),
 }
 
-Plane = np.ndarray  # float32 [64, 64]
+Plane = np.ndarray  # float32 [64, 64], or a window of that
+Y, X = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE].astype(np.float32) + np.float32(0.5)  # of the pixels
+EXTENT = 1.5  # radii from its centre beyond which no object covers any part of a pixel
 
 
 def render(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -31,15 +33,17 @@ def render(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
     Returns uint8 [64, 64, 3] and float32 [objects, 4], (x0, y0, x1, y1) in pixels with the origin
     at the top left. Places in the cell, rotation, lighting, clutter and noise are drawn from `rng`.
     """
-    y, x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE].astype(np.float32) + np.float32(0.5)
-    picture = _background(x, y, rng)
+    picture = _background(X, Y, rng).astype(np.float64)
     boxes = np.zeros((len(scene.objects), 4), np.float32)
     for i, item in enumerate(scene.objects):
         radius = RADIUS[item.size] * rng.uniform(0.93, 1.07)
         centre_x = (COLUMNS.index(item.column) + 0.5) * CELL + rng.uniform(-2.5, 2.5)
         centre_y = (ROWS.index(item.row) + 0.5) * CELL + rng.uniform(-2.5, 2.5)
         angle = rng.uniform(-0.3, 0.3)
-        dx, dy = (x - centre_x) / radius, (y - centre_y) / radius
+        left, right = _reach(centre_x, radius)
+        top, bottom = _reach(centre_y, radius)
+        window = slice(top, bottom), slice(left, right)  # the pixels that the object can touch
+        dx, dy = (X[window] - centre_x) / radius, (Y[window] - centre_y) / radius
         u = np.cos(angle) * dx + np.sin(angle) * dy  # the object's own axes, in radii
         v = -np.sin(angle) * dx + np.cos(angle) * dy
         distance = SIGNED_DISTANCE[item.shape](u, v) * radius  # pixels; negative inside
@@ -48,26 +52,34 @@ def render(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
         colour = np.array(RGB[item.colour], np.float32) * rng.uniform(0.92, 1.05)
         ink = _texture(item.texture, u * radius, v * radius)[..., None]
         surface = colour * (1 - 0.62 * ink) * (1 - 0.45 * outline)
-        picture = picture * (1 - inside) + surface * inside
+        picture[window] = picture[window] * (1 - inside) + surface * inside
         rows, columns = np.nonzero(inside[..., 0] > 0.5)
-        boxes[i] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        boxes[i, :2] = left + columns.min(), top + rows.min()
+        boxes[i, 2:] = left + columns.max() + 1, top + rows.max() + 1
     direction = rng.uniform(0, 2 * np.pi)
-    slope = (np.cos(direction) * (x - 32) + np.sin(direction) * (y - 32)) / 32
+    slope = (np.cos(direction) * (X - 32) + np.sin(direction) * (Y - 32)) / 32
     light = rng.uniform(0.75, 1.1) * (1 + rng.uniform(0, 0.18) * slope)
     picture = picture * light[..., None] + rng.normal(0, 7, picture.shape)
     return np.clip(picture, 0, 255).astype(np.uint8), boxes
 
 
+def _reach(centre: float, radius: float) -> tuple[int, int]:
+    """The first pixel of a row or column that an object can touch, and the one after the last."""
+    reach = EXTENT * radius
+    return max(int(centre - reach), 0), min(int(centre + reach) + 1, IMAGE_SIZE)
+
+
 def _background(x: Plane, y: Plane, rng: np.random.Generator) -> np.ndarray:
     """A dull ground with faint strokes and blobs, float32 [64, 64, 3]."""
-    picture = np.broadcast_to(rng.uniform(70, 150) + rng.uniform(-14, 14, 3), (*x.shape, 3))
+    picture = np.empty((*x.shape, 3))
+    picture[:] = rng.uniform(70, 150) + rng.uniform(-14, 14, 3)
     for _ in range(int(rng.integers(6, 12))):
         angle, offset = rng.uniform(0, np.pi), rng.uniform(0, IMAGE_SIZE)
         along = np.cos(angle) * (x - offset) + np.sin(angle) * (y - rng.uniform(0, IMAGE_SIZE))
         across = np.abs(-np.sin(angle) * (x - offset) + np.cos(angle) * (y - offset))
         mask = (across < rng.uniform(0.4, 1.6)) & (np.abs(along) < rng.uniform(4, 20))
         colour = rng.uniform(40, 190) + rng.uniform(-25, 25, 3)
-        picture = np.where(mask[..., None], 0.45 * picture + 0.55 * colour, picture)
+        picture[mask] = 0.45 * picture[mask] + 0.55 * colour
     return picture.astype(np.float32)
 
 

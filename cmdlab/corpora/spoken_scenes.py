@@ -233,13 +233,13 @@ def _make_shard(making: Path, shard: _Shard, seed: int) -> None:
                 for w, of in zip(speech.words, text.word_objects, strict=True)
             ]
             truths.append({"uttid": uttid, "facts": text.facts, "words": words})
-        foils = [
+        foils = (
             (i, foil)
             for i, text in enumerate(texts)
             if (foil := scenes.swap_colours(text, scene)) is not None
-        ]
-        if shard.split == "test" and foils:
-            i, foil = foils[0]
+        )
+        if shard.split == "test" and (first := next(foils, None)) is not None:
+            i, foil = first
             swapped = replace(utterances[i], text=foil.text)
             uttid = captions[i]["uttid"]
             wav = f"{sounds}/{uttid}-foil.flac"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cmdlab.corpora import Corpus, Image, worker_pool
+from cmdlab.corpora import Caption, Corpus, Image, worker_pool
 from cmdlab.encoders.encoder import Description, Encoded, Hearing
 from cmdlab.encoders.encoding import Encoder, Items, compute, encode, fingerprint, read_inputs
 from cmdlab.errors import InputError
@@ -34,7 +34,7 @@ CHUNK = 250  # items, or fewer where they are large
 CHUNK_BYTES = 256_000_000
 TYPICAL_SECONDS = 4  # of a spoken caption
 MANY = 1000  # items, of which it is told beforehand what they will take
-PROBED = 8  # items that are encoded first, to find that out
+PROBED = 16  # items of each encoder that are encoded first, to find that out
 
 
 class FeatureStore:
@@ -160,24 +160,21 @@ class _Part:
 def _foretell(
     parts: list[_Part], folder: Path, hearing: Hearing, processes: int, device: str
 ) -> None:
-    """Encode a few items of each kind, and tell what all of them will take.
+    """Encode a few items by each encoder, and tell what all of them will take.
 
     Raises InputError where the disk has no room for them.
     """
-    of_store: dict[Path, list[_Part]] = {}
+    of_encoder: dict[Encoder, list[Caption | Image]] = {}
     for part in parts:
-        of_store.setdefault(part.store, []).append(part)
+        of_encoder.setdefault(part.encoder, []).extend(part.items)
     size, seconds = 0.0, 0.0
-    for own in of_store.values():
-        encoder, items = own[0].encoder, [item for part in own for item in part.items]
-        encode(encoder, items[:1], hearing, device)  # opens the network too
+    for encoder, items in of_encoder.items():
+        encoder.open(device)
         probed = items[:: max(1, len(items) // PROBED)][:PROBED]
         started = time.perf_counter()
         encoded = encode(encoder, probed, hearing, device)
         seconds += (time.perf_counter() - started) * len(items) / len(probed)
-        bytes_of_one = sum(one.tokens.nbytes + one.embedding.nbytes for one in encoded) / len(
-            probed
-        )
+        bytes_of_one = sum(x.tokens.nbytes + x.embedding.nbytes for x in encoded) / len(probed)
         size += bytes_of_one * len(items)
     if device == "cpu":
         seconds /= processes

@@ -1,7 +1,13 @@
 """How good is it, and how sure: embeddings to ranks to Recall@K, intervals; knows no model."""
 
 from cmdlab.evaluation.npz import write_npz
-from cmdlab.evaluation.ranks import RankTable, evaluate_file, rank_table, retrieval_metrics
+from cmdlab.evaluation.ranks import (
+    RankTable,
+    evaluate_file,
+    rank_table,
+    ranks_of_scores,
+    retrieval_metrics,
+)
 from cmdlab.evaluation.statistics import Comparison, Interval, compare, holm, interval
 from cmdlab.evaluation.voices import Voices
 
@@ -15,6 +21,7 @@ __all__ = [
     "holm",
     "interval",
     "rank_table",
+    "ranks_of_scores",
     "retrieval_metrics",
     "write_npz",
 ]

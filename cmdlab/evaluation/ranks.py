@@ -11,20 +11,22 @@ every tie against the system (rank 1 + greater + equal), the optimistic figure c
 it (rank 1 + greater).
 """
 
+from __future__ import annotations
+
 import hashlib
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from cmdlab_kernels.retrieval_ranks import retrieval_ranks
 from numpy.typing import ArrayLike
-from torch import Tensor
 
 from cmdlab.errors import InputError
 from cmdlab.evaluation.npz import read_npz, write_npz
+
+if TYPE_CHECKING:  # a report, which reads ranks and makes none, spares torch's two seconds
+    from torch import Tensor
 
 CUTOFFS = (1, 5, 10)
 
@@ -97,7 +99,7 @@ class RankTable:
         write_npz(path, {field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
-    def load(cls, path: Path) -> "RankTable":
+    def load(cls, path: Path) -> RankTable:
         """Read what `save` wrote, checked. Raises InputError that names the file.
 
         Files written before images could have views have no `image_of_view`.
@@ -131,6 +133,9 @@ def rank_table(
     Raises InputError for empty or mis-shaped input, NaN, infinity, unmatched ids, and
     for what `retrieval_ranks` does not support.
     """
+    import torch
+    from cmdlab_kernels.retrieval_ranks import retrieval_ranks
+
     speech, image = _embeddings("speech", speech), _embeddings("image", image)
     if speech.shape[1] != image.shape[1]:
         raise InputError(
@@ -160,6 +165,36 @@ def rank_table(
         image_greater=counts.image_greater.cpu().numpy(),
         image_equal=counts.image_equal.cpu().numpy(),
         image_of_view=image_of_view,
+    )
+
+
+def ranks_of_scores(
+    speech_to_image: Tensor, image_to_speech: Tensor, speech_image: Tensor
+) -> RankTable:
+    """Rank by scores of any kind, for a system whose order is not that of dot products.
+
+    speech_to_image, image_to_speech: [N, M] floating point on the CPU, each pair's score where the
+    caption and where the image is the query; one tensor twice where it is the same.
+    speech_image: int64 [N], the column of each caption's image; each image with one or more.
+    Raises InputError for NaN or infinity, and for an image without a caption.
+    """
+    import torch
+
+    for name, scores in (("speech", speech_to_image), ("image", image_to_speech)):
+        if not torch.isfinite(scores).all():
+            raise InputError(f"scores of {name} queries hold NaN or infinity; repair the system")
+    own = speech_image[:, None] == torch.arange(speech_to_image.shape[1])
+    best = speech_to_image.gather(1, speech_image[:, None])  # [N, 1]
+    others = speech_to_image.masked_fill(own, -torch.inf)
+    best_caption = image_to_speech.masked_fill(~own, -torch.inf).amax(0)  # [M]
+    other_captions = image_to_speech.masked_fill(own, -torch.inf)
+    return RankTable(
+        speech_greater=(others > best).sum(1).numpy(),
+        speech_equal=(others == best).sum(1).numpy(),
+        speech_image=speech_image.numpy(),
+        image_greater=(other_captions > best_caption).sum(0).numpy(),
+        image_equal=(other_captions == best_caption).sum(0).numpy(),
+        image_of_view=np.arange(own.shape[1]),
     )
 
 
@@ -223,6 +258,8 @@ def _direction_metrics(table: RankTable, direction: str, *, gallery: int) -> dic
 
 def _embeddings(name: str, array: Tensor | np.ndarray) -> Tensor:
     """A finite floating-point tensor [rows, D], at least one by one."""
+    import torch
+
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "fiu" or array.dtype.itemsize > 8:
             raise InputError(f"{name} holds {array.dtype}; save it as float32")
@@ -246,7 +283,7 @@ def _embeddings(name: str, array: Tensor | np.ndarray) -> Tensor:
 
 def _ids(name: str, ids: ArrayLike | Tensor, length: int, partner: str) -> np.ndarray:
     """Ids as int64 or text, [length]."""
-    array = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    array = ids.cpu().numpy() if hasattr(ids, "cpu") else np.asarray(ids)
     if array.dtype.kind not in "iuUS":
         raise InputError(f"{name} holds {array.dtype}; ids must be integers or strings")
     if array.shape != (length,):

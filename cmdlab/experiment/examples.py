@@ -16,18 +16,23 @@ from PIL import Image as Picture
 from cmdlab.corpora import SAMPLE_RATE, read_audio, read_image
 from cmdlab.evaluation import RankTable
 from cmdlab.experiment.alignment import align
-from cmdlab.experiment.run import Data
+from cmdlab.experiment.run import Data, searcher
 from cmdlab.outputs import write_file
 from cmdlab.records import write_json
-from cmdlab.retrieval import RetrievalModel, embed_images, embed_speech
+from cmdlab.retrieval import Ranker, RetrievalModel
 
 RANDOM, FAILURES, TOP = 8, 8, 5
 CHOICE_SEED = 20_24
 LONGEST = 4.0  # seconds of a clip
 
 
-def write_examples(data: Data, model: RetrievalModel, run_folder: Path) -> None:
-    """Write examples.json and examples/ (mp3 clips, png pictures) into the run's folder."""
+def write_examples(
+    data: Data, model: RetrievalModel, run_folder: Path, ranker: Ranker | None = None
+) -> None:
+    """Write examples.json and examples/ (mp3 clips, png pictures) into the run's folder.
+
+    With a `ranker`, whose scores are not those of the shared space, they have no word maps.
+    """
     ranks = RankTable.load(run_folder / "ranks.npz").ranks("speech_to_image")
     chosen = np.random.default_rng(CHOICE_SEED).choice(
         len(ranks), min(RANDOM, len(ranks)), replace=False
@@ -36,12 +41,12 @@ def write_examples(data: Data, model: RetrievalModel, run_folder: Path) -> None:
     shutil.rmtree(run_folder / "examples", ignore_errors=True)  # they may be of another corpus
     (run_folder / "examples").mkdir()
     shown = [*chosen.tolist(), *map(int, worst)]
-    speech = embed_speech(model, data.test.speech, shown, "cpu")
-    image = embed_images(model, data.test.image, range(len(data.test.image)), "cpu")
+    search = searcher(model, data.test, shown, ranker)
+    mapped = model if ranker is None else None
     queries = [
         _query(
-            *(data, model, run_folder, "random" if i < len(chosen) else "failure"),
-            *(caption, int(ranks[caption]), image @ speech[i]),
+            *(data, mapped, run_folder, "random" if i < len(chosen) else "failure"),
+            *(caption, int(ranks[caption]), search(i)),
         )
         for i, caption in enumerate(shown)
     ]
@@ -50,7 +55,7 @@ def write_examples(data: Data, model: RetrievalModel, run_folder: Path) -> None:
 
 def _query(
     data: Data,
-    model: RetrievalModel,
+    model: RetrievalModel | None,
     run_folder: Path,
     kind: str,
     index: int,
@@ -86,7 +91,7 @@ def _query(
         "top": top,
         "words": [],
     }
-    if data.truth:
+    if data.truth and model is not None:
         words = data.truth.words[index]
         maps = next(align(model, data.test, [index])).word_maps(words)
         query["words"] = [{"word": w.word, "start": w.start, "end": w.end} for w in words]

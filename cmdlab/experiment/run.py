@@ -8,7 +8,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,19 @@ from cmdlab.encoders import (
 from cmdlab.errors import InputError, nearest
 from cmdlab.evaluation import Voices, rank_table, retrieval_metrics
 from cmdlab.experiment.alignment import foil_test, pointing_game
-from cmdlab.records import write_json
+from cmdlab.records import read_result, write_json
 from cmdlab.retrieval import (
     Denoising,
     Frozen,
+    Ranker,
     RetrievalModel,
     Trained,
     Training,
     embed,
+    embed_images,
     embed_speech,
+    first_process_first,
+    is_first_process,
     parameters_of,
     train,
 )
@@ -95,8 +99,9 @@ def open_data(
     folder = features or Path(f"{os.path.abspath(corpus)}.features")
     load = load_usable if skip_bad else load_corpus
     corpora = [load(corpus, split) for split in SPLITS]
-    for problem in dict.fromkeys(problem for split in corpora for problem in split.left_out):
-        print(f"left out: {corpus}: {problem}", file=sys.stderr)
+    if is_first_process():
+        for problem in dict.fromkeys(problem for split in corpora for problem in split.left_out):
+            print(f"left out: {corpus}: {problem}", file=sys.stderr)
     test = corpora[-1]
     truth, foils = read_ground_truth(test), read_foils(test)
     if foils and skip_bad:
@@ -152,7 +157,8 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Train one model and measure it; `recipe` changes fields of `Training` or `Denoising`.
 
-    A run that was stopped goes on from its checkpoint. Returns what result.json holds.
+    A run that was stopped goes on from its checkpoint. Under `joined` the processes train it
+    together, in folders that all share. Returns what result.json holds.
     Raises InputError for a name that is no field of either, and for a folder that holds a finished
     run.
     """
@@ -171,18 +177,23 @@ def run_experiment(
         raise InputError(f"{run_folder}: holds a finished run; choose another folder or remove it")
     run_folder.mkdir(parents=True, exist_ok=True)
     checkpoint = run_folder / "checkpoint.pt"
-    data = open_data(
-        corpus,
-        speech_encoder=speech_encoder,
-        image_encoder=image_encoder,
-        online=online,
-        features=features,
-        device=device,
-        skip_bad=skip_bad,
-    )
+    with first_process_first():
+        data = open_data(
+            corpus,
+            speech_encoder=speech_encoder,
+            image_encoder=image_encoder,
+            online=online,
+            features=features,
+            device=device,
+            skip_bad=skip_bad,
+        )
     trained = train(training, data.train, data.validation, device=device, checkpoint=checkpoint)
-    result = measure(data, trained, training, run_folder, device=device)
-    checkpoint.unlink()
+    with first_process_first():
+        if is_first_process():
+            result = measure(data, trained, training, run_folder, device=device)
+            checkpoint.unlink()
+        else:
+            result = read_result(run_folder / "result.json")
     return result
 
 
@@ -210,9 +221,13 @@ def measure(
 
     Returns what result.json holds; `records.py` says what that is. Leaves the model on the CPU.
     """
-    model = trained.model
+    model, ranker = trained.model, trained.ranker
     speech, image = embed(model, data.test, device)
-    table = rank_table(speech, image, data.test.image_index, torch.arange(len(image)))
+    if ranker is None:
+        table = rank_table(speech, image, data.test.image_index, torch.arange(len(image)))
+    else:
+        table = ranker.rank(model, data.test, device)
+        ranker.cpu()
     table.save(run_folder / "ranks.npz")
     heard = {caption.speaker for caption in data.train.corpus.captions}
     spoken = [caption.speaker for caption in data.test.corpus.captions]
@@ -222,7 +237,8 @@ def measure(
         "speech": _frozen(data.test.speech.encoder),
         "image": _frozen(data.test.image.encoder),
     }
-    model.save_pretrained(run_folder / "model")
+    if ranker is None:  # what is exported retrieves by dot products alone
+        model.save_pretrained(run_folder / "model")
     corpus = data.test.corpus
     result = {
         "metrics": {
@@ -235,12 +251,13 @@ def measure(
         "text_ceiling": text_ceiling(data),
         "learning_curve": trained.curve,
         "cost": {
-            "trainable_parameters": _count(model) + _count(trained.denoisers),
+            "trainable_parameters": _count(model, trained.denoisers, trained.competitor),
             "denoiser_parameters": _count(trained.denoisers),
-            "inference_parameters": _count(model),
+            "inference_parameters": _count(model, ranker),
             **inference_cost(model, data.test),
+            **retrieval_cost(model, data.test, ranker),
             "training_seconds": trained.seconds,
-            "steps": training.steps,
+            "steps": trained.curve[-1]["step"],
             "peak_memory_bytes": trained.peak_memory_bytes,
         },
         "alignment": (
@@ -248,7 +265,7 @@ def measure(
                 "pointing": pointing_game(model, data.test, data.truth, _pointed(data)),
                 "foil": foil_result(data, model, speech, image) if data.foils else None,
             }
-            if data.truth
+            if data.truth and ranker is None  # it is of the embeddings' space
             else None
         ),
         "corpus": {
@@ -326,6 +343,44 @@ def inference_cost(model: RetrievalModel, features: Features) -> dict[str, float
     }
 
 
+def retrieval_cost(
+    model: RetrievalModel, features: Features, ranker: Ranker | None = None
+) -> dict[str, float]:
+    """What ranking the gallery costs a caption of median length: FLOPs, and ms on this CPU.
+
+    The caption's head comes before, see `inference_cost`, and the gallery is at hand as the head
+    and the ranker read it.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    middle = len(features.speech) // 2
+    around = slice(max(0, middle - 15), middle + 15)
+    captions = features.speech.lengths.argsort(stable=True)[around].tolist()
+    search = searcher(model, features, captions, ranker)
+    with FlopCounterMode(display=False) as counter:
+        search(len(captions) // 2)
+    seconds = []
+    for i in range(len(captions)):
+        started = time.perf_counter()
+        search(i)
+        seconds.append(time.perf_counter() - started)
+    return {
+        "retrieval_flops_per_query": counter.get_total_flops(),
+        "retrieval_ms_per_query": 1e3 * statistics.median(seconds),
+    }
+
+
+def searcher(
+    model: RetrievalModel, features: Features, captions: Sequence[int], ranker: Ranker | None = None
+) -> Callable[[int], torch.Tensor]:
+    """A function that scores all images [M] for the i-th of the captions, on the CPU."""
+    if ranker is not None:
+        return ranker.searcher(model, features, captions)
+    speech = embed_speech(model, features.speech, captions, "cpu")
+    image = embed_images(model, features.image, range(len(features.image)), "cpu")
+    return lambda i: (speech[i : i + 1] @ image.T)[0]
+
+
 def _identity(encoder: Encoder) -> dict[str, str]:
     return {"name": encoder.name, "sha256": weights_of(encoder)}
 
@@ -338,8 +393,10 @@ def _pointed(data: Data) -> range:
     return range(min(POINTED_CAPTIONS, len(data.test.speech)))
 
 
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _count(*modules: torch.nn.Module | None) -> int:
+    """Trainable parameters."""
+    parameters = [one for module in modules if module is not None for one in module.parameters()]
+    return sum(one.numel() for one in parameters if one.requires_grad)
 
 
 def make_deterministic() -> None:

@@ -129,8 +129,9 @@ def _read_json(path: Path) -> Any:
 
 
 # A form is a type (float means any finite number), a dict of forms by key (further keys are
-# allowed), a list of the one form of every item, a set of the allowed values, a pattern, or a pair
-# (form, None) where null is allowed.
+# allowed, and one that ends with ? may be missing, as it is in older records), a list of the one
+# form of every item, a set of the allowed values, a pattern, or a pair (form, None) where null is
+# allowed.
 _ID = re.compile("[0-9a-f]{16}")
 _RECALLS = {"R@1": float, "R@5": float, "R@10": float}
 _BOTH_RECALLS = {"speech_to_image": _RECALLS, "image_to_speech": _RECALLS}
@@ -165,6 +166,8 @@ _RESULT: dict[str, Any] = {
         "training_seconds": float,
         "steps": int,
         "peak_memory_bytes": (float, None),
+        "retrieval_flops_per_query?": float,
+        "retrieval_ms_per_query?": float,
     },
     "alignment": (
         {
@@ -254,7 +257,10 @@ def _check(value: Any, form: Any, path: Path, entry: str = "") -> None:
             _check(item, form[0], path, f"{entry}/{index}")
     if isinstance(form, dict):
         for key, inner in form.items():
+            key, optional = key.removesuffix("?"), key.endswith("?")
             place = f"{entry}/{key}".lstrip("/")
+            if key not in value and optional:
+                continue
             if key not in value:
                 raise InputError(f"{path}: {place} is missing")
             _check(value[key], inner, path, place)

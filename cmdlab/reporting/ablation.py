@@ -9,7 +9,7 @@ from cmdlab.reporting import figures, origins, tables
 from cmdlab.reporting.claim import claim, meaning
 from cmdlab.reporting.examples import Examples, map_blocks, queries_html, read_examples
 from cmdlab.reporting.numbers import duration
-from cmdlab.reporting.page import Section, bullets, paragraph, write_page
+from cmdlab.reporting.page import Figure, Section, Table, bullets, paragraph, write_page
 from cmdlab.reporting.study import HEADLINE, ArmComparison, Study, read_study
 from cmdlab.reporting.voices import voices_section
 
@@ -103,7 +103,7 @@ def _axes(study: Study) -> Section:
 
 def _curves(study: Study) -> Section:
     points = [point for run in study.runs for point in run.record["learning_curve"]]
-    blocks: list[Markup | figures.Figure] = []
+    blocks: list[Markup | Figure] = []
     if any(point["validation_mean_R@1"] is not None for point in points):
         blocks.append(figures.curves_figure(study))
     else:
@@ -126,7 +126,18 @@ def _cost(study: Study) -> Section:
         else:
             sentences.append(f"The arms differ in {name} at retrieval, see the table.")
     sentences.append("The denoiser is used in training alone, and no exported model holds it.")
-    return Section("cost", "Cost", [paragraph("{}", " ".join(sentences)), tables.cost_table(study)])
+    blocks: list[Markup | Table | Figure] = [
+        paragraph("{}", " ".join(sentences)),
+        tables.cost_table(study),
+    ]
+    queries = {
+        run.record["cost"]["retrieval_flops_per_query"]
+        for arm in tables.arms_with_retrieval_cost(study)
+        for run in study.of(arm)
+    }
+    if len(queries) > 1:  # where all cost the same there is nothing to weigh
+        blocks += [figures.retrieval_cost_figure(study), tables.retrieval_cost_table(study)]
+    return Section("cost", "Cost", blocks)
 
 
 def _alignment(study: Study) -> Section:

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from cmdlab.reporting.numbers import number, signed, value_label
+from cmdlab.evaluation import Interval
+from cmdlab.reporting.numbers import count, number, signed, value_label
 from cmdlab.reporting.page import Figure
 from cmdlab.reporting.panels import ARM, BASELINE, GRID, INK, MUTED, PAPER, SEED, Panel
 from cmdlab.reporting.study import HEADLINE, ArmComparison, Study
-from cmdlab.reporting.tables import arm_label
+from cmdlab.reporting.tables import arm_label, arms_with_retrieval_cost
 
 METRIC_NAMES = {
     HEADLINE: "mean R@1",
@@ -130,6 +131,27 @@ def loss_figure(study: Study) -> Figure:
         "loss-figure",
         "Training losses, each seed faint and the mean bold; dashed is "
         f"{study.baseline}, which has no denoising loss.",
+        panels,
+    )
+
+
+def retrieval_cost_figure(study: Study) -> Figure:
+    """Accuracy against the cost of a query, in FLOPs and in milliseconds: one point an arm."""
+    arms = arms_with_retrieval_cost(study)
+    found = {arm: study.interval(arm) for arm in arms}
+    limits = _limits([value for one in found.values() for value in (one.low, one.high)])
+    panels = []
+    for name, unit in (("flops_per_query", "FLOPs"), ("ms_per_query", "milliseconds")):
+        costs = {
+            arm: float(np.mean([run.record["cost"][f"retrieval_{name}"] for run in study.of(arm)]))
+            for arm in arms
+        }
+        panels.append(_costs(study, costs, found, limits, f"retrieval-{name}", unit))
+    return Figure(
+        "retrieval-cost-figure",
+        "Mean R@1 on the test set, in percent, against what ranking the gallery costs one caption; "
+        "the scale of costs is logarithmic. Points with bars: mean and 95 % interval. Square: "
+        f"{study.baseline}.",
         panels,
     )
 
@@ -280,6 +302,49 @@ def _axis(
     return panel.svg(f"Mean R@1 along the axis {name}", "; ".join(described) + ".")
 
 
+def _costs(
+    study: Study,
+    costs: dict[str, float],
+    found: dict[str, Interval],
+    limits: tuple[float, float],
+    identifier: str,
+    unit: str,
+) -> Markup:
+    panel = Panel(identifier, 300)
+    axes = panel.axes
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda x, _: _small_or_large(x))
+    axes.xaxis.set_minor_formatter(lambda x, _: "")
+    low, high = min(costs.values()), max(costs.values())
+    axes.set_xlim(low / (high / low) ** 0.12, high * (high / low) ** 0.12)
+    axes.set_ylim(*limits)
+    gap = 0.075 * (limits[1] - limits[0])  # between two names, one above the other
+    named: list[tuple[bool, float]] = []
+    described = []
+    for arm in sorted(costs, key=lambda arm: found[arm].mean):
+        x, one = costs[arm], found[arm]
+        axes.plot([x, x], [one.low, one.high], color=ARM, linewidth=2, alpha=0.6, zorder=3)
+        marker, colour = ("s", BASELINE) if arm == study.baseline else ("o", ARM)
+        axes.plot(x, one.mean, marker, markersize=7, mfc=colour, mec=PAPER, mew=1, zorder=5)
+        left = x * x > low * high  # names of the costly half stand to the left
+        below = [y for side, y in named if side == left]
+        y = max([one.mean, *(y + gap for y in below)])
+        named.append((left, y))
+        axes.annotate(
+            _shorten(arm, 18),
+            (x, y),
+            (-8 if left else 8, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+            color=INK,
+            fontsize=11,
+        )
+        described.append(f"{arm}: {number(one.mean)} at {_small_or_large(x)}")
+    panel.labels(f"Cost of a query, {unit}", f"{unit} a query", "mean R@1, %")
+    return panel.svg(f"Mean R@1 against {unit} a query", "; ".join(described) + ".")
+
+
 def _curves(study: Study, arm: str, name: str) -> list[tuple[list[float], list[float]]]:
     """Steps and values of each seed; nothing for a seed that has none."""
     curves = []
@@ -308,6 +373,10 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     margin = 0.06 * (high - low) or 1.0
     return max(0.0, low - margin), high + margin
+
+
+def _small_or_large(value: float) -> str:
+    return count(value) if value >= 1000 else f"{value:.2g}"
 
 
 def _sentence(text: str) -> str:

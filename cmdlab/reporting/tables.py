@@ -170,6 +170,57 @@ def cost_table(study: Study) -> Table:
     )
 
 
+def retrieval_cost_table(study: Study) -> Table:
+    """Accuracy beside what ranking the gallery costs a query, cheapest first."""
+    costs = {
+        arm: [run.record["cost"] for run in study.of(arm)]
+        for arm in arms_with_retrieval_cost(study)
+    }
+    flops = {
+        arm: float(np.mean([cost["retrieval_flops_per_query"] for cost in ones]))
+        for arm, ones in costs.items()
+    }
+    rows = [
+        Row(
+            [
+                arm_label(study, arm),
+                _with_interval(study, arm, "mean_R@1"),
+                _spread(costs[arm], "retrieval_flops_per_query", count),
+                f"{flops[arm] / flops[study.baseline]:,.0f}" if study.baseline in flops else ABSENT,
+                _spread(costs[arm], "retrieval_ms_per_query", lambda ms: f"{ms:.2g}"),
+                record_links(study.of(arm)),
+            ],
+            "baseline" if arm == study.baseline else "",
+        )
+        for arm in sorted(costs, key=lambda arm: flops[arm])
+    ]
+    return Table(
+        "retrieval-cost-table",
+        "Mean R@1 on the test set, in percent, and the cost of ranking the gallery for a caption.",
+        [
+            Column("Arm", numeric=False),
+            Column("Mean R@1"),
+            Column("FLOPs a query"),
+            Column(f"Times {study.baseline}"),
+            Column("Latency, ms"),
+            Column("Records", numeric=False),
+        ],
+        rows,
+        "Of a caption of median length, once its head has been computed, with a gallery that is at "
+        "hand as the arm needs it. FLOPs: those of products of matrices.",
+    )
+
+
+def arms_with_retrieval_cost(study: Study) -> list[str]:
+    """The finished arms all of whose records tell the cost of a query; older ones do not."""
+    names = ("retrieval_flops_per_query", "retrieval_ms_per_query")
+    return [
+        arm
+        for arm in study.finished_arms
+        if all(run.record["cost"].get(name, 0) > 0 for run in study.of(arm) for name in names)
+    ]
+
+
 def alignment_table(study: Study) -> Table:
     """Pointing game and foil of each arm that was measured."""
     rows = []

@@ -2,27 +2,35 @@
 
 from cmdlab.retrieval.denoising import Denoising
 from cmdlab.retrieval.model import Frozen, RetrievalModel
+from cmdlab.retrieval.parallel import first_process_first, is_first_process, joined
 from cmdlab.retrieval.recipe import parameters_of
 from cmdlab.retrieval.training import (
+    Ranker,
     Trained,
     Training,
     embed,
     embed_images,
     embed_speech,
     rank,
+    time_step,
     train,
 )
 
 __all__ = [
     "Denoising",
     "Frozen",
+    "Ranker",
     "RetrievalModel",
     "Trained",
     "Training",
     "embed",
     "embed_images",
     "embed_speech",
+    "first_process_first",
+    "is_first_process",
+    "joined",
     "parameters_of",
     "rank",
+    "time_step",
     "train",
 ]

@@ -14,6 +14,7 @@ tell the picture's mean patch from speech, and the rate is but the number of tim
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from cmdlab_kernels.denoising_attention import (
@@ -85,9 +86,19 @@ class Corruption:
     def read_by(self, head: Callable[[Tensor], Tensor], clean: Tensor) -> "Corruption":
         """The same places in what `head` makes of the tokens [batch, T, width] with these in."""
         tokens = clean.clone()
-        tokens[self.item, self.place] = self.table[self.index]
+        tokens[self.item, self.place] = self.table[self.index].to(tokens.dtype)
         index = self.item * tokens.shape[1] + self.place
         return Corruption(self.item, self.place, head(tokens).flatten(0, 1), index)
+
+
+class Reading(NamedTuple):
+    """What a denoiser reads of a batch, the items of either side in the same order."""
+
+    tokens: Tensor  # [batch, T, width], clean, of the side that is corrupted
+    lengths: Tensor  # int64 [batch]
+    context: Tensor  # [batch, K, context_width] of the other modality
+    context_lengths: Tensor  # int64 [batch]
+    head: Callable[[Tensor], Tensor] | None  # reads the corrupted tokens and gives as many
 
 
 class Denoiser(nn.Module):
@@ -136,47 +147,86 @@ class Denoiser(nn.Module):
         and gives as many; without one the denoiser reads them itself. The targets take no gradient.
         """
         corrupted = corrupt(tokens, lengths, item_id, self.settings, self.mask, generator)
-        target, target_index = self._target(tokens, lengths, corrupted)
-        if head is not None:
-            corrupted = corrupted.read_by(head, tokens)
         if self.settings.context == "other":
             context, context_lengths = context.roll(1, 0), context_lengths.roll(1)
-        position = self.position
-        place = corrupted.place.clamp(max=len(position) - 1)
-        if self.settings.depth == 1 and self.settings.loss != "info_nce":
-            return denoising_attention(
-                corrupted.table,
-                corrupted.index,
-                position,
-                place,
-                corrupted.item,
-                context,
-                context_lengths,
-                self._projections(0),
-                self.heads,
-                target,
-                target_index,
-                loss=self.settings.loss,  # type: ignore[arg-type]
-            )
-        restored = corrupted.table[corrupted.index] + position[place]
-        for i in range(self.settings.depth):
-            restored = cross_attention(
-                restored, corrupted.item, context, context_lengths, self._projections(i), self.heads
-            )
-            if i < len(self.feed_forward):
-                restored = restored + self.feed_forward[i](restored)
+        reading = Reading(tokens, lengths, context, context_lengths, head)
         if self.settings.loss != "info_nce":
-            return restoration_loss(restored, target, target_index, loss=self.settings.loss)  # type: ignore[arg-type]
-        chosen = torch.randperm(len(restored), generator=generator)[:NEGATIVES]
+            return self.judge(corrupted, reading)
+        chosen = compared(len(corrupted.item), generator)
+        restored, target = self.restore(corrupted, reading)
+        ids = self.target_id(item_id, corrupted.item, corrupted.place, tokens.shape[1])
+        return self.compare(restored[chosen], target[chosen], ids[chosen])
+
+    def judge(self, corrupted: Corruption, reading: Reading) -> Tensor:
+        """The mean loss of the corrupted places, 0-d, each judged by itself: all but "info_nce".
+
+        The context of each item is what `reading` has for it, whatever the settings say.
+        """
+        loss = self.settings.loss
+        target, target_index = self._target(reading.tokens, reading.lengths, corrupted)
+        if self.settings.depth > 1:
+            restored = self._restore(corrupted, reading)
+            return restoration_loss(restored, target, target_index, loss=loss)  # type: ignore[arg-type]
+        corrupted = self._read(corrupted, reading)
+        return denoising_attention(
+            _narrow(corrupted.table),
+            corrupted.index,
+            _narrow(self.position),
+            corrupted.place.clamp(max=len(self.position) - 1),
+            corrupted.item,
+            _narrow(reading.context),
+            reading.context_lengths,
+            self._projections(0),
+            self.heads,
+            _narrow(target),
+            target_index,
+            loss=loss,  # type: ignore[arg-type]
+        )
+
+    def restore(self, corrupted: Corruption, reading: Reading) -> tuple[Tensor, Tensor]:
+        """The restored places [P, width] and what they were to be, which takes no gradient."""
+        target, target_index = self._target(reading.tokens, reading.lengths, corrupted)
+        return self._restore(corrupted, reading), target[target_index]
+
+    def compare(self, restored: Tensor, target: Tensor, target_id: Tensor) -> Tensor:
+        """InfoNCE, 0-d, between places [n, width] that are restored and their targets; those of
+        one `target_id` (int64 [n]) are not compared."""
+        wide = torch.promote_types(restored.dtype, torch.float32)  # in autocast too
+        restored, target = restored.to(wide), target.to(wide)
         return info_nce(
-            nn.functional.normalize(restored[chosen], dim=-1),
-            nn.functional.normalize(target[target_index[chosen]], dim=-1),
-            self._target_id(item_id, corrupted, tokens.shape[1])[chosen],
+            nn.functional.normalize(restored, dim=-1),
+            nn.functional.normalize(target, dim=-1),
+            target_id,
             restored.new_tensor(10.0),
         )
 
+    def target_id(self, item_id: Tensor, item: Tensor, place: Tensor, longest: int) -> Tensor:
+        """For each corrupted place the id of its target; equal targets of one item have one id."""
+        places = longest if self.settings.target == "tokens" else 1
+        return item_id[item] * places + place % places
+
+    def _read(self, corrupted: Corruption, reading: Reading) -> Corruption:
+        return corrupted.read_by(reading.head, reading.tokens) if reading.head else corrupted
+
+    def _restore(self, corrupted: Corruption, reading: Reading) -> Tensor:
+        corrupted = self._read(corrupted, reading)
+        place = corrupted.place.clamp(max=len(self.position) - 1)
+        restored = corrupted.table[corrupted.index] + self.position[place]
+        for i in range(self.settings.depth):
+            restored = cross_attention(
+                _narrow(restored),
+                corrupted.item,
+                _narrow(reading.context),
+                reading.context_lengths,
+                self._projections(i),
+                self.heads,
+            )
+            if i < len(self.feed_forward):
+                restored = restored + self.feed_forward[i](restored)
+        return restored
+
     def _projections(self, i: int) -> Projections:
-        return Projections(self.query[i], self.key_value[i], self.output[i])
+        return Projections(*map(_narrow, (self.query[i], self.key_value[i], self.output[i])))
 
     def _target(self, tokens: Tensor, lengths: Tensor, to: Corruption) -> tuple[Tensor, Tensor]:
         """The table of clean features, without gradient, and each corrupted place's row in it."""
@@ -187,15 +237,42 @@ class Denoiser(nn.Module):
         total = clean.masked_fill(~valid[..., None], 0).sum(1)
         return total / lengths.clamp(min=1)[:, None], to.item
 
-    def _target_id(self, item_id: Tensor, to: Corruption, longest: int) -> Tensor:
-        """For each corrupted place the id of its target; equal targets of one item have one id."""
-        places = longest if self.settings.target == "tokens" else 1
-        return item_id[to.item] * places + to.place % places
+
+def _narrow(tensor: Tensor) -> Tensor:
+    """The tensor in autocast's dtype, where that is on: the kernels compute in their inputs'."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 def _weights(outputs: int, inputs: int, count: int) -> nn.ParameterList:
     """Weights of linear maps without bias, as `nn.Linear` initialises them."""
     return nn.ParameterList(nn.Linear(inputs, outputs, bias=False).weight for _ in range(count))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All that is left to chance in corrupting a batch: P places and whose token is put at each.
+
+    It knows lengths and ids alone, so whoever has a part of the batch can draw for all of it.
+    """
+
+    item: Tensor  # int64 [P], never decreasing; like all that follows, on the CPU
+    place: Tensor  # int64 [P]
+    donor: Tensor  # int64 [P], the item of the token that is put there
+    donor_place: Tensor  # int64 [P], and its place within that item
+    noise: Tensor | None  # float32 [P, width], for "gaussian"
+
+    def put(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """What is put at each place [P, width], of tokens [n, T, width] of the items from `first`
+        on; zero where the donor is another item. Not for "mask"."""
+        of = self.donor - first
+        row = ((of >= 0) & (of < len(tokens))).nonzero()[:, 0]
+        taken = tokens[of[row].to(tokens.device), self.donor_place[row].to(tokens.device)]
+        if self.noise is not None:
+            noise = self.noise[row].to(tokens.device)
+            taken = taken + noise * taken.std(-1, keepdim=True)
+        put = taken.new_zeros(len(self.item), tokens.shape[2])
+        return put.index_copy(0, row.to(tokens.device), taken)
 
 
 def corrupt(
@@ -208,42 +285,60 @@ def corrupt(
 ) -> Corruption:
     """Choose the places to corrupt and what is put there.
 
-    tokens: [batch, T, width]; lengths, item_id: int64 [batch]; mask: [1, width], for "mask".
-    Of each item round(rate · length) places are chosen, at least one where it has any.
-    `generator` is a CPU generator, so the choice does not depend on the device.
+    tokens: [batch, T, width]; mask: [1, width], for "mask"; the rest as in `draw`.
     """
-    batch, longest, width = tokens.shape
-    device = tokens.device
-    host_lengths = lengths.cpu()
-    valid = torch.arange(longest) < host_lengths[:, None]
-    order = torch.rand(batch, longest, generator=generator).masked_fill(~valid, 2.0)
-    count = (settings.rate * host_lengths).round().clamp(min=1).minimum(host_lengths)
+    drawn = draw(lengths, item_id, tokens.shape[1], tokens.shape[2], settings, generator)
+    table = mask if settings.corruption == "mask" else drawn.put(tokens)
+    return corruption(drawn.item, drawn.place, table)
+
+
+def corruption(item: Tensor, place: Tensor, table: Tensor) -> Corruption:
+    """The corruption of P places by a token for each, `table` [P, width], or by one for all."""
+    index = torch.zeros_like(item) if len(table) == 1 else torch.arange(len(item))
+    return Corruption(*(part.to(table.device) for part in (item, place, table, index)))
+
+
+def draw(
+    lengths: Tensor,
+    item_id: Tensor,
+    longest: int,
+    width: int,
+    settings: Denoising,
+    generator: torch.Generator,
+) -> Draw:
+    """Draw the places and the donors of a batch whose tokens are [batch, longest, width].
+
+    lengths, item_id: int64 [batch]. Of each item round(rate · length) places are chosen, at least
+    one where it has any. `generator` is a CPU generator, so the choice does not depend on the
+    device.
+    """
+    lengths, item_id = lengths.cpu(), item_id.cpu()
+    valid = torch.arange(longest) < lengths[:, None]
+    order = torch.rand(len(lengths), longest, generator=generator).masked_fill(~valid, 2.0)
+    count = (settings.rate * lengths).round().clamp(min=1).minimum(lengths)
     chosen = order.argsort(1).argsort(1) < count[:, None]
     item, place = chosen.nonzero(as_tuple=True)
-    flat = tokens.flatten(0, 1)
-    if settings.corruption == "mask":
-        table, index = mask, torch.zeros_like(item)
-    elif settings.corruption == "gaussian":
-        clean = flat[(item * longest + place).to(device)]
-        noise = torch.randn(len(item), width, generator=generator).to(device)
-        table = clean + noise * clean.std(-1, keepdim=True)
-        index = torch.arange(len(item))
-    else:
-        donor = item
-        if settings.corruption == "swap":
-            filled = host_lengths.nonzero().flatten()  # an item without tokens has none to give
-            order = item_id.cpu()[filled].argsort(stable=True)
-            filled, ids = filled[order], item_id.cpu()[filled][order]
-            own = item_id.cpu()[item]
-            past = torch.searchsorted(ids, own, right=True)  # behind those of the same item
-            others = len(filled) - (past - torch.searchsorted(ids, own))
-            step = (torch.rand(item.shape, generator=generator) * others).long()
-            donor = torch.where(others > 0, filled[(past + step) % max(len(filled), 1)], item)
-            at = (torch.rand(item.shape, generator=generator) * host_lengths[donor]).long()
-            at = torch.where(others > 0, at, place)
-        else:
-            others = host_lengths[item] - 1
-            step = (torch.rand(item.shape, generator=generator) * others).long()
-            at = (place + 1 + step) % (others + 1)
-        table, index = flat, donor * longest + at
-    return Corruption(item.to(device), place.to(device), table, index.to(device))
+    donor, at, noise = item, place, None
+    if settings.corruption == "gaussian":
+        noise = torch.randn(len(item), width, generator=generator)
+    elif settings.corruption == "swap":
+        filled = lengths.nonzero().flatten()  # an item without tokens has none to give
+        order = item_id[filled].argsort(stable=True)
+        filled, ids = filled[order], item_id[filled][order]
+        own = item_id[item]
+        past = torch.searchsorted(ids, own, right=True)  # behind those of the same item
+        others = len(filled) - (past - torch.searchsorted(ids, own))
+        step = (torch.rand(item.shape, generator=generator) * others).long()
+        donor = torch.where(others > 0, filled[(past + step) % max(len(filled), 1)], item)
+        at = (torch.rand(item.shape, generator=generator) * lengths[donor]).long()
+        at = torch.where(others > 0, at, place)
+    elif settings.corruption == "shuffle":
+        others = lengths[item] - 1
+        step = (torch.rand(item.shape, generator=generator) * others).long()
+        at = (place + 1 + step) % (others + 1)
+    return Draw(item, place, donor, at, noise)
+
+
+def compared(places: int, generator: torch.Generator) -> Tensor:
+    """The corrupted places that InfoNCE compares, int64 [at most NEGATIVES], drawn after them."""
+    return torch.randperm(places, generator=generator)[:NEGATIVES]

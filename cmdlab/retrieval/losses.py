@@ -6,7 +6,7 @@ import torch
 from cmdlab_kernels.info_nce import info_nce
 from torch import Tensor, nn
 
-from cmdlab.retrieval.denoising import Denoiser, Denoising
+from cmdlab.retrieval.denoising import Denoiser, Denoising, Reading
 from cmdlab.retrieval.model import RetrievalModel, Shape
 
 
@@ -49,41 +49,74 @@ def training_losses(
     generator: torch.Generator,
 ) -> Losses:
     """Id-aware symmetric InfoNCE + `weight` × the mean restoration loss of the denoisers."""
+    encoded = encode(model, batch)
+    contrastive = info_nce(encoded.speech, encoded.image, batch.image_id, model.scale)
+    if not len(denoisers):
+        return Losses(contrastive, contrastive, None)
+    item_id = item_ids(batch.image_id)
+    restoration = []
+    for side, reading in readings(model, batch, encoded).items():
+        if side in denoisers:
+            *sides, head = reading
+            restoration.append(denoisers[side](*sides, item_id[side], generator, head))
+    denoising = torch.stack(restoration).mean()
+    return Losses(contrastive + weight * denoising, contrastive, denoising)
+
+
+class Encoded(NamedTuple):
+    """What the heads make of N pairs."""
+
+    mixed: Tensor  # [N, T, width] of the speech, before its head reads it
+    speech_tokens: Tensor  # [N, T, width], contextual
+    image_tokens: Tensor  # [N, P, width]
+    speech: Tensor  # embeddings [N, D], unit norm, float32 in autocast too
+    image: Tensor  # likewise
+
+
+def encode(model: RetrievalModel, batch: Batch) -> Encoded:
+    """Both heads' tokens and embeddings."""
     head = model.speech_head
     mixed = head.mix(batch.states, batch.lengths)
     speech_tokens = head.contextualise(mixed, batch.lengths)
     image_tokens, image = model.image_head(batch.patches, batch.embedding)
-    contrastive = info_nce(
-        head.pool(speech_tokens, batch.lengths), image, batch.image_id, model.scale
-    )
-    if not len(denoisers):
-        return Losses(contrastive, contrastive, None)
-    patches = torch.full_like(batch.lengths, image_tokens.shape[1])
-    captions = torch.arange(len(batch.lengths), device=batch.lengths.device)
-    restoration = []
-    if "image" in denoisers:
-        restoration.append(
-            denoisers["image"](
-                batch.patches,
-                patches,
-                speech_tokens,
-                batch.lengths,
-                batch.image_id,
-                generator,
-                model.image_head.contextualise if model.image_head.pools_patches else None,
-            )
-        )
-    if "speech" in denoisers:
-        restoration.append(
-            denoisers["speech"](
-                mixed.detach(),
-                batch.lengths,
-                image_tokens,
-                patches,
-                captions,
-                generator,
-                lambda tokens: head.contextualise(tokens, batch.lengths),
-            )
-        )
-    denoising = torch.stack(restoration).mean()
-    return Losses(contrastive + weight * denoising, contrastive, denoising)
+    speech = head.pool(speech_tokens, batch.lengths)
+    wide = torch.promote_types(speech.dtype, torch.float32)
+    return Encoded(mixed, speech_tokens, image_tokens, speech.to(wide), image.to(wide))
+
+
+def readings(
+    model: RetrievalModel, batch: Batch, encoded: Encoded, behind: int = 0
+) -> dict[str, Reading]:
+    """What the denoiser of either side reads; "image" first, as they are drawn for.
+
+    The context of each row is its own other side, or with `behind` that of the row so far before
+    it; the first rows, which have none then, are left out.
+    """
+    lengths = batch.lengths
+    patches = torch.full_like(lengths, encoded.image_tokens.shape[1])
+    last = len(lengths) - behind
+    head = model.speech_head
+    return {
+        "image": Reading(
+            batch.patches[behind:],
+            patches[behind:],
+            encoded.speech_tokens[:last],
+            lengths[:last],
+            model.image_head.contextualise if model.image_head.pools_patches else None,
+        ),
+        "speech": Reading(
+            encoded.mixed.detach()[behind:],
+            lengths[behind:],
+            encoded.image_tokens[:last],
+            patches[:last],
+            lambda tokens: head.contextualise(tokens, lengths[behind:]),
+        ),
+    }
+
+
+def item_ids(image_id: Tensor) -> dict[str, Tensor]:
+    """int64 [N] for either side: rows of one image hold the same patches, no two the same speech.
+
+    image_id: int64 [N].
+    """
+    return {"image": image_id, "speech": torch.arange(len(image_id), device=image_id.device)}

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class Shape:
     embedding: int  # of the shared space
     heads: int = 4
     image_head: str = "global"  # or "patches"
+    normalise_layers: bool = False  # each speech state has unit variance before they are mixed
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class SpeechHead(nn.Module):
         super().__init__()
         width = shape.speech_width
         self.layer_weights = nn.Parameter(torch.zeros(shape.speech_layers))
+        self.normalise_layers = shape.normalise_layers
         self.transformer = nn.TransformerEncoderLayer(
             width,
             shape.heads,
@@ -79,6 +82,8 @@ class SpeechHead(nn.Module):
 
     def mix(self, states: Tensor, lengths: Tensor) -> Tensor:
         """The softmax-weighted sum of layers [batch, longest, width], zero beyond the lengths."""
+        if self.normalise_layers:
+            states = nn.functional.layer_norm(states, states.shape[-1:])
         mixed = (self.layer_weights.softmax(0) @ states.flatten(1)).unflatten(0, states.shape[1:])
         return _pad(mixed, _valid(lengths, int(lengths.max())))
 
@@ -91,7 +96,7 @@ class SpeechHead(nn.Module):
         """
         valid = _valid(lengths, mixed.shape[1])
         layer = self.transformer
-        tokens = mixed[valid]  # [all tokens, width]
+        tokens = _Take.apply(mixed.flatten(0, 1), _places(valid))  # [all tokens, width]
         tokens = tokens + self._attend(layer.norm1(tokens), lengths)
         hidden = nn.functional.gelu(layer.linear1(layer.norm2(tokens)))
         return _pad(self.norm(tokens + layer.linear2(hidden)), valid)
@@ -106,27 +111,31 @@ class SpeechHead(nn.Module):
         projected = nn.functional.linear(
             tokens, attention.in_proj_weight, attention.in_proj_bias
         )  # [all tokens, 3 width]: query, key, value
-        begin = lengths.cumsum(0) - lengths
         on_cpu = tokens.device.type == "cpu"
-        rows, parts = [], []
-        for group in lengths.argsort(stable=True).split(GROUP if on_cpu else len(lengths)):
-            longest = int(lengths[group[-1]])
-            valid = _valid(lengths[group], longest)
-            row = begin[group, None] + torch.arange(longest, device=lengths.device)
-            row = row.where(valid, 0)  # whatever it holds, it is masked
-            padded = projected.index_select(0, row.flatten())
-            padded = padded.view(len(group), longest, 3, attention.num_heads, -1)
-            query, key, value = padded.permute(2, 0, 3, 1, 4)  # [group, heads, longest, head width]
-            kept = valid[:, None, None]
+        groups = lengths.argsort(stable=True).split(GROUP if on_cpu else len(lengths))
+        longest = [int(lengths[group[-1]]) for group in groups]
+        rows = [len(group) * most for group, most in zip(groups, longest, strict=True)]
+        # One group after another, each padded to its longest: where each token then stands.
+        start, end = torch.empty_like(lengths), 0
+        for group, most in zip(groups, longest, strict=True):
+            start[group] = end + most * torch.arange(len(group), device=lengths.device)
+            end += most * len(group)
+        start -= lengths.cumsum(0) - lengths
+        place = start.repeat_interleave(lengths, output_size=len(tokens))
+        place += torch.arange(len(tokens), device=lengths.device)
+        padded = projected.new_zeros(end, projected.shape[1]).index_copy_(0, place, projected)
+        parts: list[Tensor] = []
+        for group, most, part in zip(groups, longest, padded.split(rows), strict=True):
+            part = part.view(len(group), most, 3, attention.num_heads, -1)
+            query, key, value = part.permute(2, 0, 3, 1, 4)  # [group, heads, longest, head width]
+            kept = _valid(lengths[group], most)[:, None, None]
             if on_cpu:
                 scores = (query * query.shape[-1] ** -0.5) @ key.mT
                 mixed = scores.masked_fill_(~kept, -torch.inf).softmax(-1) @ value
             else:
                 mixed = nn.functional.scaled_dot_product_attention(query, key, value, kept)
-            rows.append(row[valid])
-            parts.append(mixed.transpose(1, 2).flatten(2)[valid])
-        attended = torch.cat(parts).index_select(0, torch.cat(rows).argsort())
-        return attention.out_proj(attended)
+            parts.append(mixed.transpose(1, 2).flatten(2).flatten(0, 1))
+        return attention.out_proj(_Take.apply(torch.cat(parts), place))
 
     def pool(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Embeddings [batch, embedding] of unit norm of what `contextualise` gave."""
@@ -141,11 +150,31 @@ def _valid(lengths: Tensor, tokens: int) -> Tensor:
     return torch.arange(tokens, device=lengths.device) < lengths[:, None]
 
 
+def _places(valid: Tensor) -> Tensor:
+    """Where the valid tokens stand when captions follow each other, int64 [all tokens]."""
+    return valid.flatten().nonzero()[:, 0]
+
+
 def _pad(tokens: Tensor, valid: Tensor) -> Tensor:
     """Tokens [all tokens, width] at the valid places of [batch, tokens, width], zeros elsewhere."""
-    place = valid.flatten().nonzero()[:, 0]
     padded = tokens.new_zeros(valid.numel(), tokens.shape[1])
-    return padded.index_copy(0, place, tokens).unflatten(0, valid.shape)
+    return padded.index_copy_(0, _places(valid), tokens).unflatten(0, valid.shape)
+
+
+class _Take(torch.autograd.Function):
+    """Rows of a table, none of them twice: the gradient is put in its place and not added up."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.rows = len(table)
+        return table.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (place,) = ctx.saved_tensors
+        table = gradient.new_zeros(ctx.rows, gradient.shape[1])
+        return table.index_copy_(0, place, gradient), None
 
 
 class ImageHead(nn.Module):

@@ -84,13 +84,13 @@ class BenchmarkEncoder:
         """Dot products [N, M], as a tensor, which mteb wants."""
         from mteb.similarity_functions import dot_score
 
-        return dot_score(embeddings1, embeddings2)
+        return dot_score(np.asarray(embeddings1), np.asarray(embeddings2))
 
     def similarity_pairwise(self, embeddings1: ArrayLike, embeddings2: ArrayLike) -> Any:
         """The dot product of each pair [N]."""
         from mteb.similarity_functions import pairwise_dot_score
 
-        return pairwise_dot_score(embeddings1, embeddings2)
+        return pairwise_dot_score(np.asarray(embeddings1), np.asarray(embeddings2))
 
 
 def _samples(item: Mapping[str, Any]) -> tuple[NDArray[Any], int]:

@@ -117,17 +117,19 @@ class RayEngine:
     ) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         self._ray = ray = _package("ray")
+        address = address or os.environ.get("RAY_ADDRESS")
         try:
+            _knock(address or "")
             ray.init(
                 address=address,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # a node that is slow to start raises just that
             raise InputError(
                 f"Ray cluster {address or 'of this machine'}: cannot be joined ({_line(error)}); "
-                "start it with `ray start`, or mend the address"
+                "start it with `ray start`, or mend --address"
             ) from error
         try:
             most = max(node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"])
@@ -166,6 +168,13 @@ class RayEngine:
             return _received(ray.get(task))
         except ray.exceptions.RayError as error:
             return Outcome("failed", f"no record is left: {_line(error)}")
+
+
+def _knock(address: str) -> None:
+    """Raise OSError or ValueError where nobody listens; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 class SlurmEngine:

@@ -33,6 +33,7 @@ COLUMNS = (
     *("device", "threads", "driver", "torch", "triton", "git_sha"),
 )
 GRAPH_BELOW = 100e-6  # seconds; below, launches are a good part of the time
+WARM_BELOW = 0.1  # seconds on a CPU; below, filling the caches is a good part of the time
 GRAPH = ", CUDA graph"
 Quantiles = tuple[float, float, float]
 
@@ -143,10 +144,12 @@ def timings(
     """Seconds of each function, (p20, p50, p80).
 
     On a CPU the functions take turns, so that a change in the machine's load meets them all; one
-    that has taken 30 s has been timed often enough. On a GPU each is timed by
-    triton.testing.do_bench, which clears the L2 cache between calls; one of less than 100 µs a
-    second time as NAME + GRAPH, without the time of its launches and with a warm cache. What
-    a graph cannot hold, since it waits for the device, has no such line.
+    that has taken 30 s has been timed often enough. One of less than `WARM_BELOW` is called once
+    before it is timed, so that all find in the caches what they left there themselves, not what
+    another one did. On a GPU each is timed by triton.testing.do_bench, which clears the L2 cache
+    between calls; one of less than 100 µs a second time as NAME + GRAPH, without the time of its
+    launches and with a warm cache. What a graph cannot hold, since it waits for the device, has no
+    such line.
     """
     if device == "cuda":
         return _cuda_timings(functions)
@@ -157,6 +160,8 @@ def timings(
         for name, function in functions.items():
             if sum(seconds[name]) > 30:
                 continue
+            if seconds[name] and seconds[name][-1] < WARM_BELOW:
+                function()
             start = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - start)

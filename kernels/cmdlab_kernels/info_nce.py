@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cmdlab_kernels.info_nce_cpu import info_nce_cpu_fwd
+from cmdlab_kernels.info_nce_cpu import InfoNCE, info_nce_cpu_fwd
 
 Implementation = Literal["auto", "reference", "cpu", "triton"]
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -86,7 +86,9 @@ def info_nce(
             return info_nce_fwd(speech, image, image_id, scale)[0]
         if impl == "reference" or speech.device.type != "cpu":
             return info_nce_reference(speech, image, image_id, scale)
-        return info_nce_cpu_fwd(speech, image, image_id, scale)[0]
+        if torch.compiler.is_compiling():
+            return info_nce_cpu_fwd(speech, image, image_id, scale)[0]
+        return InfoNCE.apply(speech, image, image_id, scale)
 
 
 def interpreted() -> bool:

@@ -12,8 +12,27 @@ LARGEST = 60.0  # of a shifted score: e^60 summed over 2^40 terms is finite in f
 TRUSTED = 2.0**-80  # of a pair's own term: beside a smaller one, terms may be lost to underflow
 
 
-@torch.library.custom_op("cmdlab_kernels::info_nce_cpu_fwd", mutates_args=())
-def info_nce_cpu_fwd(
+class InfoNCE(torch.autograd.Function):
+    """The loss (0-d) and its first derivatives, of `info_nce`'s arguments.
+
+    `info_nce_cpu_fwd` is the same for torch.compile. Called by itself, an operator of torch.library
+    costs as much as the products of 128 pairs.
+    """
+
+    @staticmethod
+    def forward(ctx, speech, image, image_id, scale):
+        loss, *kept = loss_and_terms(speech, image, image_id, scale)
+        ctx.save_for_backward(speech, image, scale, *kept)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        d_speech, d_image, d_scale = gradients(grad, *ctx.saved_tensors)
+        return d_speech, d_image, None, d_scale
+
+
+def loss_and_terms(
     speech: Tensor, image: Tensor, image_id: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the loss (0-d), the terms [N, N], and their sums by row and by column, [N].
@@ -41,8 +60,7 @@ def info_nce_cpu_fwd(
         return losses.mean(), terms, row_sum, column_sum
 
 
-@torch.library.custom_op("cmdlab_kernels::info_nce_cpu_bwd", mutates_args=())
-def info_nce_cpu_bwd(
+def gradients(
     grad: Tensor,
     speech: Tensor,
     image: Tensor,
@@ -83,6 +101,14 @@ def repeats(image_id: Tensor) -> Tensor | None:
     if not bool((ordered[1:] == ordered[:-1]).any()):
         return None
     return (image_id[:, None] == image_id).fill_diagonal_(False)
+
+
+info_nce_cpu_fwd = torch.library.custom_op(
+    "cmdlab_kernels::info_nce_cpu_fwd", loss_and_terms, mutates_args=()
+)
+info_nce_cpu_bwd = torch.library.custom_op(
+    "cmdlab_kernels::info_nce_cpu_bwd", gradients, mutates_args=()
+)
 
 
 @info_nce_cpu_fwd.register_fake

@@ -35,7 +35,10 @@ def positive_pairs(
     ids, order = sorted_image_id
     first = torch.searchsorted(ids, speech_image_id)
     copies = torch.searchsorted(ids, speech_image_id, right=True) - first
-    row = torch.arange(len(copies), device=ids.device).repeat_interleave(copies)
+    row = torch.arange(len(copies), device=ids.device)
+    if bool((copies == 1).all()):
+        return row, order[first]
+    row = row.repeat_interleave(copies)
     begin = first - (copies.cumsum(0) - copies)  # of a caption's pairs in ids, less that in row
     return row, order[begin[row] + torch.arange(len(row), device=ids.device)]
 

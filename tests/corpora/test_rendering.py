@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmdlab.corpora.rendering import render
+from cmdlab.corpora.rendering import EXTENT, RADIUS, SIGNED_DISTANCE, render
 from cmdlab.corpora.scenes import COLOURS, SHAPES, SIZES, TEXTURES, Scene, SceneObject, sample_scene
 
 CENTRED = SceneObject("circle", "white", "large", "plain", "middle", "centre")
@@ -85,3 +85,16 @@ def test_every_colour_and_texture_can_be_seen(name):
         pictures.append(picture[y0:y1, x0:x1].astype(int))
     for one, other in combinations(pictures, 2):
         assert np.abs(one - other).mean() > 10  # of 255; the noise is the same in both
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(sorted(SIGNED_DISTANCE)),
+    st.floats(0, 2 * np.pi),
+    st.floats(EXTENT, 20.0),
+)
+def test_no_shape_reaches_out_of_its_window(shape, direction, away):
+    """Half a pixel from its edge on an object covers nothing, and only its window is drawn."""
+    smallest = 0.93 * min(RADIUS.values())
+    u, v = (np.array([[away * turn(direction)]]) for turn in (np.cos, np.sin))
+    assert SIGNED_DISTANCE[shape](u, v) * smallest >= 0.5

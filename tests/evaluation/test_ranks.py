@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from scipy.stats import rankdata
 
 from cmdlab.errors import InputError
-from cmdlab.evaluation.ranks import RankTable, evaluate_file, rank_table, retrieval_metrics
+from cmdlab.evaluation.ranks import (
+    RankTable,
+    evaluate_file,
+    rank_table,
+    ranks_of_scores,
+    retrieval_metrics,
+)
 
 DIRECTIONS = ("speech_to_image", "image_to_speech")
 
@@ -28,6 +34,34 @@ SCORES = np.array(
 OWNER = np.repeat(np.arange(4), 2)
 # Best own caption against the others, by column: 9 (rank 1); 7, with an 8 above (2);
 # 6, with a 7 above (2); 4, with another 4 (2, or 1).
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=4, max_size=8),
+    st.data(),
+)
+@settings(deadline=None)
+def test_ranks_of_scores_are_those_of_the_same_dot_products(scores, data):
+    others = st.lists(st.integers(0, 2), min_size=len(scores) - 3, max_size=len(scores) - 3)
+    owner = torch.tensor([2, 0, 1, *data.draw(others)])
+    matrix = torch.tensor(scores).double()
+    expected = rank_table(matrix, torch.eye(3).double(), owner, torch.arange(3))
+    found = ranks_of_scores(matrix, matrix, owner)
+    names = ("speech_greater", "speech_equal", "image_greater", "image_equal")
+    # `rank_table` numbers images by their first row, which here is 0 to 2 in order.
+    for name in (*names, "speech_image", "image_of_view"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+
+
+def test_each_direction_has_its_own_scores():
+    forward, backward = torch.eye(2), 1 - torch.eye(2)
+    found = ranks_of_scores(forward, backward, torch.arange(2))
+    assert found.ranks("speech_to_image").tolist() == [1, 1]
+    assert found.ranks("image_to_speech").tolist() == [2, 2]
+    with pytest.raises(InputError, match="scores of image queries hold NaN"):
+        ranks_of_scores(forward, backward * torch.nan, torch.arange(2))
+    with pytest.raises(InputError, match="speech_image does not cover the 2 images"):
+        ranks_of_scores(forward, backward, torch.tensor([0, 0]))
 
 
 def test_known_recalls_in_both_directions():

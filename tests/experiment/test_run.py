@@ -13,12 +13,21 @@ from cmdlab.errors import InputError
 from cmdlab.evaluation import Voices
 from cmdlab.evaluation.ranks import RankTable, retrieval_metrics
 from cmdlab.experiment.examples import write_examples
-from cmdlab.experiment.run import inference_cost, open_data, pick_device, run_experiment
+from cmdlab.experiment.run import (
+    inference_cost,
+    measure,
+    open_data,
+    pick_device,
+    retrieval_cost,
+    run_experiment,
+)
 from cmdlab.records.provenance import collect_provenance
 from cmdlab.records.records import SCHEMA, read_result, write_record
 from cmdlab.reporting.examples import map_blocks, queries_html, read_examples
 from cmdlab.reporting.study import read_study
 from cmdlab.retrieval.denoising import Denoising
+from cmdlab.retrieval.dense import Dense
+from cmdlab.retrieval.matching import Matching
 from cmdlab.retrieval.model import RetrievalModel, Shape
 from cmdlab.retrieval.training import Training, rank, train
 
@@ -89,6 +98,58 @@ def test_cmd_costs_nothing_at_retrieval(runs):
     assert plain["denoiser_parameters"] == 0
     assert cmd["trainable_parameters"] == cmd["inference_parameters"] + cmd["denoiser_parameters"]
     assert plain["trainable_parameters"] == plain["inference_parameters"]
+
+
+@pytest.mark.parametrize("method", ["matching", "queue", "dense"])
+def test_a_competitor_is_measured_as_it_ranks(runs, smoke_corpus, smoke_data, tmp_path, method):
+    run_experiment(smoke_corpus, tmp_path, device="cpu", method=method, rerank=12, **RECIPE)
+    result = read_result(tmp_path / "result.json")
+    assert retrieval_metrics(RankTable.load(tmp_path / "ranks.npz")) == result["metrics"]["test"]
+    plain = json.loads((runs["contrastive"] / "result.json").read_text())
+    cost, usual = result["cost"], plain["cost"]
+    at_retrieval = method != "queue"
+    # What is exported, and what alignment is measured in, are embeddings that rank by themselves.
+    assert (tmp_path / "model").exists() != at_retrieval
+    assert (result["alignment"] is None) == at_retrieval
+    for name in ("retrieval_flops_per_query", "inference_parameters"):
+        assert (cost[name] > usual[name]) == at_retrieval
+    assert cost["inference_flops"] == usual["inference_flops"]
+    assert cost["retrieval_ms_per_query"] > 0
+    own = 0 if method == "queue" else cost["inference_parameters"] - usual["inference_parameters"]
+    assert cost["trainable_parameters"] == usual["trainable_parameters"] + own
+    assert cost["denoiser_parameters"] == 0
+
+
+def test_the_examples_of_a_competitor_are_in_its_own_order(smoke_data, tmp_path):
+    training = Training(method="matching", rerank=12, **RECIPE)
+    trained = train(training, smoke_data.train, smoke_data.validation)
+    measure(smoke_data, trained, training, tmp_path)
+    write_examples(smoke_data, trained.model, tmp_path, trained.ranker)
+    row = {caption.id: i for i, caption in enumerate(smoke_data.test.corpus.captions)}
+    ranks = RankTable.load(tmp_path / "ranks.npz").ranks("speech_to_image")
+    for query in json.loads((tmp_path / "examples.json").read_text())["queries"]:
+        assert query["rank"] == ranks[row[query["caption_id"]]]
+        assert [answer["correct"] for answer in query["top"]].count(True) == (query["rank"] <= 5)
+        assert "maps" not in query
+        assert query["words"] == []
+
+
+def test_what_a_query_costs_is_counted(toy_features):
+    features = toy_features(images=6)
+    torch.manual_seed(0)
+    shape = Shape(2, 16, 12, 8)
+    model = RetrievalModel(shape).eval()
+    frames = int(features.speech.lengths.median())
+    images, patches, width = 6, 4, 16
+
+    def flops(ranker=None):
+        return retrieval_cost(model, features, ranker)["retrieval_flops_per_query"]
+
+    assert flops() == 2 * images * 8
+    assert flops(Dense(shape)) == 2 * images * patches * frames * 2
+    attention = 2 * frames * patches * width + frames * width * width
+    pair = 2 * (attention + frames * width + width * width + width)
+    assert flops(Matching(shape, 3)) == flops() + 3 * pair
 
 
 def test_flops_are_those_of_the_matrix_products(toy_features):

@@ -295,6 +295,28 @@ def test_tiles_of_any_size_and_padding_give_the_same_counts(monkeypatch):
         assert [getattr(result, field).tolist() for field in FIELDS] == expected
 
 
+def test_few_pairs_compared_in_tiles_of_any_size_give_the_same_counts(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    speech, image = trained(generator, 300, 77, 256)
+    speech[::9], image[5:8] = speech[0], image[5]  # some ties, too few to give the product up
+    inputs = speech, image, torch.arange(300) % 77, torch.arange(77)
+    expected = brute_force(*inputs)
+    assert sum(map(sum, expected[1::2])) > 0
+    monkeypatch.setattr(retrieval_ranks_small, "PAIRS", 300 * 77)
+    for compared in (1, 7 * 77, 299 * 77, 2**20):
+        monkeypatch.setattr(retrieval_ranks_small, "COMPARED", compared)
+        counts = retrieval_ranks_small.count_small(*inputs)
+        assert [getattr(counts, field).tolist() for field in FIELDS] == expected
+
+
+def test_one_product_serves_more_pairs_where_nothing_is_faster_than_float32(processor, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    inputs = *trained(generator, 30, 10, 64), torch.arange(30) % 10, torch.arange(10)
+    monkeypatch.setattr(retrieval_ranks_small, "PAIRS", 299)
+    taken = retrieval_ranks_small.count_small(*inputs) is not None
+    assert taken == (processor in ("fp32", "few pairs"))
+
+
 def test_reduced_precision_products_asked_for_by_the_user_do_not_reach_float32():
     generator = torch.Generator().manual_seed(0)
     speech, image = trained(generator, 512, 512, 512)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -177,6 +178,19 @@ def test_a_file_that_is_no_record_is_refused_in_one_line(tmp_path, text, message
     with pytest.raises(InputError, match=message) as refusal:
         read_record(tmp_path)
     assert "\n" not in str(refusal.value)
+
+
+def test_what_older_records_lack_is_checked_where_it_is(tmp_path):
+    result = json.loads(json.dumps(RESULT))
+    path = tmp_path / "result.json"
+    for value in (None, "much", math.inf):
+        result["cost"]["retrieval_flops_per_query"] = value
+        path.write_text(json.dumps(result))
+        with pytest.raises(InputError, match=r"retrieval_flops_per_query is|no JSON number"):
+            read_result(path)
+    result["cost"]["retrieval_flops_per_query"] = 5e6
+    path.write_text(json.dumps(result))
+    assert read_result(path)["cost"]["retrieval_flops_per_query"] == 5e6
 
 
 @pytest.mark.parametrize("number", ["1e999", "true", '"5"', "null"])

@@ -46,11 +46,13 @@ def write_study(
     record: Mapping[str, Any] | None = None,
     examples: bool = True,
     voices: Voices | None = None,
+    query_flops: Mapping[str, float] | None = None,
 ) -> Path:
     """Write the cells of `arms` (name → parameters that differ from BASE) at every seed.
 
     effects: arm → how much better than the baseline it ranks, in standard deviations of a query.
-    listing, record: entries that replace the usual ones. Returns the folder `runs`.
+    listing, record: entries that replace the usual ones. query_flops: arm → the cost of a query,
+    which no record tells without it. Returns the folder `runs`.
     """
     arms = arms or {"contrastive": {"weight": 0.0}, "cmd-image": {}}
     axes = axes or {}
@@ -78,6 +80,7 @@ def write_study(
                     _ranks(images, captions, effect, seed, arm),
                     {"id": run_id, "arm": arm, "seed": seed, "parameters": parameters},
                     dict(record or {}),
+                    (query_flops or {}).get(arm),
                 )
                 if voices is not None:
                     voices.save(runs / run_id / "voices.npz")
@@ -168,7 +171,11 @@ def _ranks(images: int, captions: int, effect: float, seed: int, arm: str) -> Ra
 
 
 def _write_run(
-    folder: Path, ranks: RankTable, place: dict[str, Any], replaced: dict[str, Any]
+    folder: Path,
+    ranks: RankTable,
+    place: dict[str, Any],
+    replaced: dict[str, Any],
+    query_flops: float | None,
 ) -> None:
     folder.mkdir(parents=True)
     ranks.save(folder / "ranks.npz")
@@ -230,6 +237,9 @@ def _write_run(
         },
         "determinism": {"seed": seed, "threads": 1, "deterministic_algorithms": True},
     }
+    if query_flops is not None:
+        values["cost"]["retrieval_flops_per_query"] = query_flops
+        values["cost"]["retrieval_ms_per_query"] = query_flops / 1e7
     write_record(folder, _frame("ok") | values | place | replaced)
 
 

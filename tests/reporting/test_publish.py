@@ -1,6 +1,8 @@
 """What is published beside a report: enough to draw it again, and no more."""
 
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -78,3 +80,16 @@ def test_the_summarys_figure_stands_by_itself(runs, tmp_path):
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert "var(" not in svg
     assert "cmd-image" in "".join(root.itertext())
+
+
+def test_a_report_is_drawn_where_there_is_no_torch(runs, tmp_path):
+    """Its two seconds of import are spared, too."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from pathlib import Path\n"
+        "from cmdlab.reporting import write_report\n"
+        "write_report([Path(sys.argv[1])], Path(sys.argv[2]))"
+    )
+    subprocess.run([sys.executable, "-c", code, runs, tmp_path / "without.html"], check=True)
+    write_report([runs], tmp_path / "with.html")
+    assert (tmp_path / "without.html").read_bytes() == (tmp_path / "with.html").read_bytes()

@@ -75,6 +75,55 @@ def page(report) -> BeautifulSoup:
     return read(report)
 
 
+ARMS = {"contrastive": {"weight": 0.0}, "cmd-image": {}, "matching": {}, "dense": {}}
+FLOPS = {"contrastive": 5e5, "cmd-image": 5e5, "matching": 1e8, "dense": 2e8}
+
+
+def test_accuracy_is_weighed_against_what_a_query_costs(make_study, tmp_path):
+    runs = make_study(
+        tmp_path / "runs", arms=ARMS, query_flops=FLOPS, effects={"dense": 0.6}, examples=False
+    )
+    write_report([runs], tmp_path / "report.html")
+    page = read(tmp_path / "report.html")
+    table = page.find(id="retrieval-cost-table")
+    named = [line.find("th").get_text() for line in table.find("tbody").find_all("tr")]
+    assert [name.removesuffix(" †") for name in named] == list(ARMS)  # cheapest first
+    for arm, times in (("contrastive", "1"), ("cmd-image", "1"), ("matching", "200")):
+        assert row(page, "retrieval-cost-table", arm)[2].get_text() == times
+    assert row(page, "retrieval-cost-table", "dense")[1].get_text() == "200 M"
+    panels = page.find(id="retrieval-cost-figure").find_all("svg")
+    assert [panel.title.get_text() for panel in panels] == [
+        "Mean R@1 against FLOPs a query",
+        "Mean R@1 against milliseconds a query",
+    ]
+    for arm in ARMS:
+        mean = row(page, "retrieval-cost-table", arm)[0].find(string=True)
+        assert f"{arm}: {mean} at " in panels[0].desc.get_text()
+        assert any(text.get_text() == arm for text in panels[0].find_all("text"))
+
+
+@pytest.mark.parametrize(
+    "flops",
+    [None, dict.fromkeys(ARMS, 5e5), {"contrastive": 5e5}],
+    ids=["older records", "all alike", "one arm that tells"],
+)
+def test_where_there_is_nothing_to_weigh_no_such_figure_is_drawn(make_study, tmp_path, flops):
+    runs = make_study(tmp_path / "runs", arms=ARMS, query_flops=flops, examples=False)
+    write_report([runs], tmp_path / "report.html")
+    page = read(tmp_path / "report.html")
+    assert page.find(id="retrieval-cost-figure") is None
+    assert page.find(id="cost-table") is not None
+
+
+def test_arms_of_older_records_are_left_out_of_the_costs(make_study, tmp_path):
+    flops = {"cmd-image": 5e5, "dense": 2e8}
+    runs = make_study(tmp_path / "runs", arms=ARMS, query_flops=flops, examples=False)
+    write_report([runs], tmp_path / "report.html")
+    table = read(tmp_path / "report.html").find(id="retrieval-cost-table")
+    named = [line.find("th").get_text() for line in table.find("tbody").find_all("tr")]
+    assert [name.removesuffix(" †") for name in named] == ["cmd-image", "dense"]
+
+
 def test_the_eleven_elements_stand_in_order_and_in_the_contents(page):
     headings = [section.h2.get_text() for section in page.main.find_all("section")]
     assert [re.sub(r"^\d+ ", "", heading) for heading in headings] == ELEMENTS

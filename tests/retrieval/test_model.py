@@ -75,6 +75,21 @@ def test_captions_computed_in_groups_come_back_in_their_order(model):
         assert torch.allclose(alone[1][0], embeddings[row], atol=1e-5)
 
 
+def test_captions_computed_in_groups_have_the_gradients_of_each_alone(model):
+    generator = torch.Generator().manual_seed(3)
+    head = model.speech_head.double()
+    lengths = torch.randint(1, 10, (GROUP + 3,), generator=generator)
+    states = torch.randn(3, int(lengths.sum()), 16, generator=generator, dtype=torch.double)
+    wanted = torch.randn(len(lengths), 8, generator=generator, dtype=torch.double)
+    (head(states, lengths)[1] * wanted).sum().backward()
+    together = [parameter.grad for parameter in head.parameters()]
+    head.zero_grad()
+    for row, own in enumerate(states.split(lengths.tolist(), 1)):
+        (head(own, lengths[row : row + 1])[1] * wanted[row]).sum().backward()
+    for found, parameter in zip(together, head.parameters(), strict=True):
+        assert torch.allclose(found, parameter.grad, atol=1e-12)
+
+
 def test_an_embedding_is_a_weighted_mean_of_the_tokens_own(model, states):
     """So that a word can be looked for in an image by itself."""
     head = model.speech_head
@@ -185,6 +200,15 @@ def edit_weights(change: Callable[[dict], object]) -> Callable[[Path], None]:
         edit_sizes(embedding=8.5),
         edit_sizes(image_head="attention"),
         edit_sizes(denoiser=1),
+        edit_sizes(encoders=[1]),
+        edit_sizes(encoders={"speech": {"name": "tiny-speech", "sha256": "0", "layers": []}}),
+        edit_sizes(encoders={"speech": {"name": 1}, "image": {"name": 1}}),
+        edit_sizes(
+            encoders={
+                kind: {"name": kind, "sha256": "0", "layers": [0, True]}
+                for kind in ("speech", "image")
+            }
+        ),
         edit_weights(lambda weights: weights.pop("log_scale")),
         edit_weights(lambda weights: weights.update(extra=torch.zeros(2))),
         edit_weights(lambda weights: weights.update({"speech_head.cls": torch.zeros(15)})),
@@ -205,11 +229,19 @@ def test_weights_in_half_precision_are_read_as_single(saved):
     assert dtypes == {torch.float32}
 
 
-def test_it_can_be_as_large_as_the_published_head():
-    """As SpeechCLIP's parallel head on HuBERT large and CLIP ViT-L/14, counted by hand."""
-    large = RetrievalModel(Shape(25, 1024, 1024, 768, heads=8))
-    width, inner = 1024, 4096
+@pytest.mark.parametrize(
+    ("states", "width", "patch_width", "embedding", "count"),
+    [(13, 768, 768, 512, 7_483_918), (25, 1024, 1024, 768, 13_386_522)],
+)
+def test_it_is_as_large_as_the_readme_says(states, width, patch_width, embedding, count):
+    """As SpeechCLIP's parallel head, on HuBERT and CLIP of either size, counted by hand."""
+    model = RetrievalModel(Shape(states, width, patch_width, embedding, heads=8))
+    inner = 4 * width
     attention = 4 * (width * width + width)
     feed_forward = 2 * width * inner + inner + width
-    expected = 25 + width + attention + feed_forward + 3 * 2 * width + width * 768 + 768 + 1
-    assert sum(p.numel() for p in large.parameters()) == expected == 13_386_522
+    projection = width * embedding + embedding
+    expected = states + width + attention + feed_forward + 3 * 2 * width + projection + 1
+    assert sum(p.numel() for p in model.parameters()) == expected == count
+    more = expected + embedding * embedding + embedding  # a linear map for images
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"| {count:,} | {more:,} |" in readme

@@ -9,11 +9,21 @@ import torch
 
 from cmdlab.encoders import Features
 from cmdlab.errors import InputError
+from cmdlab.evaluation import retrieval_metrics
 from cmdlab.experiment.run import inference_cost
 from cmdlab.retrieval.denoising import Denoising
 from cmdlab.retrieval.losses import training_losses
 from cmdlab.retrieval.model import RetrievalModel
-from cmdlab.retrieval.training import Trained, Training, embed, embed_speech, make_batch, train
+from cmdlab.retrieval.training import (
+    Trained,
+    Training,
+    _learning_rate,
+    embed,
+    embed_speech,
+    make_batch,
+    rank,
+    train,
+)
 
 CONTRASTIVE = Training(
     seed=3, steps=12, batch_size=8, warm_up=3, validate_every=5, learning_rate=3e-3
@@ -24,6 +34,8 @@ ARMS = {
     "cmd": CMD,
     "cmd both, deep": replace(CMD, denoising=Denoising(direction="both", loss="info_nce", depth=2)),
     "patches": replace(CMD, image_head="patches", denoising=Denoising(corruption="gaussian")),
+    "cmd by chunks, best": replace(CMD, chunk=3, select="best", denoising=Denoising("speech")),
+    "cmd in bfloat16": replace(CMD, precision="bfloat16"),
 }
 
 
@@ -75,6 +87,21 @@ def test_stopped_and_continued_it_ends_as_if_it_had_not_been(run, arm, tmp_path)
     for i, state in optimisers[0].items():
         assert all(torch.equal(value, optimisers[1][i][name]) for name, value in state.items())
     assert_same(run(training, checkpoint=resumed), whole)  # nothing is left to do
+
+
+@pytest.mark.parametrize("method", ["matching", "queue", "dense"])
+def test_a_competitor_too_goes_on_as_if_it_had_not_been_stopped(run, method, tmp_path):
+    training = replace(CONTRASTIVE, method=method, rerank=4)
+    whole = run(training)
+    run(training, checkpoint=tmp_path / "resumed.pt", stop_after=7)
+    torch.manual_seed(99)
+    resumed = run(training, checkpoint=tmp_path / "resumed.pt")
+    assert_same(resumed, whole)
+    assert same_weights(resumed.competitor, whole.competitor)
+    assert resumed.validation == whole.validation
+    # The first batch met the heads that every arm of the seed starts from.
+    if method == "matching":
+        assert whole.curve[0]["contrastive"] == run(CONTRASTIVE).curve[0]["contrastive"]
 
 
 def test_the_seed_decides(run):
@@ -148,6 +175,72 @@ def test_an_epoch_takes_no_caption_twice(features):
     assert sorted(whole.tolist()) == list(range(40))
 
 
+def test_epochs_count_instead_of_steps(run):
+    two = run(replace(CONTRASTIVE, epochs=2))  # of five batches
+    assert two.curve[-1]["step"] == 10
+    assert_same(two, run(replace(CONTRASTIVE, steps=10)))
+
+
+@pytest.mark.parametrize("warm_up", [0, 4])
+def test_the_learning_rate_rises_and_falls(warm_up):
+    """Against straight lines and half a period of the cosine, drawn by numpy."""
+    training = replace(
+        CONTRASTIVE, steps=20, warm_up=warm_up, learning_rate=0.5, end_learning_rate=0.1
+    )
+    found = {
+        schedule: [_learning_rate(step, replace(training, schedule=schedule)) for step in range(20)]
+        for schedule in ("linear", "cosine", "constant")
+    }
+    steps = np.arange(20)
+    rising = 0.5 * (steps + 1) / max(warm_up, 1)
+    past = (steps - warm_up) / (20 - warm_up)
+    falling = {
+        "linear": np.interp(past, [0, 1], [0.5, 0.1]),
+        "cosine": 0.3 + 0.2 * np.cos(np.pi * past),
+        "constant": np.full(20, 0.5),
+    }
+    for schedule, rates in found.items():
+        expected = np.where(steps < warm_up, rising, falling[schedule])
+        assert rates == pytest.approx(expected.tolist())
+    assert _learning_rate(19, replace(CONTRASTIVE, steps=20)) == pytest.approx(3e-3 / 17)
+
+
+def test_the_best_model_is_the_one_of_the_highest_recall(features, toy_features):
+    """Steps too long to come to rest, so the last is not the best; against runs that end there."""
+    longer = {"steps": 20, "validate_every": 2, "learning_rate": 0.1, "schedule": "constant"}
+    training = replace(CONTRASTIVE, **longer)
+    validation = toy_features(images=60, seed=1)
+    ends = {
+        step: train(training, features, validation, stop_after=step) for step in range(2, 21, 2)
+    }
+    recalls = {
+        step: sum(one.validation[way]["R@10"] for way in ("speech_to_image", "image_to_speech"))
+        for step, one in ends.items()
+    }
+    best = max(recalls, key=recalls.__getitem__)  # the first of equals
+    assert recalls[best] > recalls[20]
+    chosen = train(replace(training, select="best"), features, validation)
+    assert same_weights(chosen.model, ends[best].model)
+    assert chosen.validation == ends[best].validation
+    assert chosen.validation == retrieval_metrics(rank(chosen.model, validation))
+    assert chosen.curve == ends[20].curve
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("loss", ["normalised_mse", "info_nce"])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("corruption", ["mask", "swap", "gaussian"])
+def test_in_bfloat16_the_losses_are_near_those_of_float32(run, corruption, depth, loss, chunk):
+    denoising = Denoising("both", corruption, 0.5, "tokens", loss, depth)
+    training = replace(CMD, image_head="patches", denoising=denoising, chunk=chunk, steps=6)
+    full, half = run(training), run(replace(training, precision="bfloat16"))
+    assert {value.dtype for value in half.model.state_dict().values()} == {torch.float32}
+    assert not same_weights(full.model, half.model)
+    for one, other in zip(full.curve, half.curve, strict=True):
+        for name in ("loss", "contrastive", "denoising"):
+            assert other[name] == pytest.approx(one[name], rel=0.03, abs=0.01)
+
+
 def test_a_batch_pairs_each_caption_with_its_image(features):
     batch = make_batch(features, torch.tensor([5, 0, 4]), "cpu")
     assert batch.image_id.tolist() == [2, 0, 2]
@@ -161,7 +254,7 @@ def test_a_batch_pairs_each_caption_with_its_image(features):
 def test_both_losses_are_learnt(run, arm):
     curve = run(replace(ARMS[arm], steps=150, validate_every=150)).curve
     assert curve[-1]["contrastive"] < 0.7 * curve[0]["contrastive"]
-    if arm != "contrastive":
+    if ARMS[arm].weight:
         values = [point["denoising"] for point in curve]
         assert np.mean(values[-4:]) < 0.95 * np.mean(values[:4])
     assert curve[-1]["validation_mean_R@1"] > 2 * 100 / 9
@@ -248,6 +341,13 @@ def test_features_that_are_not_finite_stop_it_at_once(toy_features, validation, 
         {"steps": 0},
         {"batch_size": 0},
         {"validate_every": 0},
+        {"epochs": -1},
+        {"chunk": -1},
+        {"precision": "float16"},
+        {"schedule": "step"},
+        {"select": "first"},
+        {"end_learning_rate": -1e-8},
+        {"end_learning_rate": 1.0},
         {"seed": -1},
         {"seed": 2**63},
         {"learning_rate": 0.0},
@@ -263,6 +363,12 @@ def test_features_that_are_not_finite_stop_it_at_once(toy_features, validation, 
         {"seed": True},
         {"learning_rate": "1e-2"},
         {"denoising": {"rate": 0.3}},
+        {"method": "queues"},
+        {"method": "queue", "weight": 1.0},
+        {"method": "dense", "chunk": 4},
+        {"method": "matching", "precision": "bfloat16"},
+        {"method": "queue", "select": "best"},
+        {"rerank": 0},
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(wrong):

@@ -11,9 +11,9 @@ from cmdlab.search import Index, Retriever, index_pictures
 
 @pytest.fixture(scope="session")
 def run(smoke_corpus, smoke_data, tmp_path_factory) -> Path:
-    """The folder of a run of a few steps, which pools patches too."""
+    """The folder of a short run, which learns a little and pools patches too."""
     folder = tmp_path_factory.mktemp("run") / "patches"
-    recipe = {"steps": 30, "batch_size": 32, "warm_up": 2, "validate_every": 15}
+    recipe = {"steps": 40, "batch_size": 32, "warm_up": 10, "learning_rate": 1e-3}
     run_experiment(smoke_corpus, folder, device="cpu", image_head="patches", **recipe)
     return folder
 

@@ -42,7 +42,7 @@ def test_the_card_says_what_the_runs_files_say(run, module):
         result["corpus"]["content_hash"],
         result["encoders"]["speech"]["sha256"],
         "20 pictures and 100 spoken captions",
-        "| `steps` | `30` |",
+        "| `steps` | `40` |",
         "| `image_head` | `patches` |",
         "by a contrastive loss alone",
         "a synthesiser's voices",
@@ -173,5 +173,5 @@ def test_the_hubs_refusal_is_one_line(module, hub, tmp_path, capsys):
 
 
 def test_a_model_without_a_card_is_not_pushed(run, hub):
-    with pytest.raises(InputError, match="holds no MODEL_CARD.md"):
+    with pytest.raises(InputError, match=r"holds no MODEL_CARD\.md"):
         push_module(run / "model", "someone/small")

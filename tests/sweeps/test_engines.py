@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -259,24 +258,21 @@ def cluster(tmp_path_factory) -> Iterator[Any]:
         from ray.cluster_utils import Cluster
 
         cluster = Cluster()
-        cluster.add_node(**node(), num_gpus=1, no_monitor=True)
+        add_node(cluster, num_gpus=1, no_monitor=True)
     yield cluster
     cluster.shutdown()
 
 
-def node() -> dict[str, Any]:
-    """A small node. It is told its agents' ports, since one that must ask for them starts late."""
-    agents = ("metrics_agent", "metrics_export", "dashboard_agent_listen", "runtime_env_agent")
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("", 0))) for _ in agents]
-        ports = [one.getsockname()[1] for one in sockets]
-    return {
-        "num_cpus": 1,
-        "object_store_memory": 80 * 2**20,
-        "include_dashboard": False,
-        "include_log_monitor": False,
-        **{f"{agent}_port": port for agent, port in zip(agents, ports, strict=True)},
-    }
+def add_node(cluster: Any, **settings: Any) -> Any:
+    """Add a node of one core. On a busy machine Ray gives up starting one after 15 seconds."""
+    settings |= {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    settings |= {"include_dashboard": False, "include_log_monitor": False}
+    for left in (4, 3, 2, 1, 0):
+        try:
+            return cluster.add_node(**settings)
+        except Exception as error:
+            if not left or "timed out during startup" not in str(error):
+                raise
 
 
 @pytest.mark.xdist_group("ray")
@@ -304,7 +300,7 @@ def test_ray_leaves_the_records_of_the_local_engine_with_the_node_s_machine(tmp_
 @pytest.mark.xdist_group("ray")
 def test_a_cell_whose_node_dies_runs_again_on_another(tmp_path, cluster):
     file, runs = write_sweep(tmp_path, "wait", seeds=(1, 2)), tmp_path / "runs"
-    doomed = cluster.add_node(**node())
+    doomed = add_node(cluster)
 
     def kill_a_node() -> None:
         try:
@@ -348,9 +344,11 @@ def test_ctrl_c_stops_the_cells_of_a_ray_cluster(tmp_path, cluster):
     assert len(load_records([runs / "sweeps" / "sweep.json"]).missing) == 2
 
 
-@pytest.mark.xdist_group("ray")
 def test_a_ray_cluster_that_is_not_there_is_refused(tmp_path):
     pytest.importorskip("ray")
     file = write_sweep(tmp_path, "end")
-    with pytest.raises(InputError, match=r"Ray cluster nowhere: cannot be joined"):
-        run_sweep(file, runs=tmp_path / "runs", engine=choose_engine("ray", address="nowhere"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = f"127.0.0.1:{server.getsockname()[1]}"
+    for address in (free, "127.0.0.1:port", "nowhere"):
+        with pytest.raises(InputError, match=f"Ray cluster {address}: cannot be joined"):
+            run_sweep(file, runs=tmp_path / "runs", engine=choose_engine("ray", address=address))
