@@ -62,9 +62,7 @@ class Training:
     weight_decay: float = parameter(0.01, "weight decay of AdamW")
     gradient_clip: float = parameter(1.0, "largest norm of the gradient")
     heads: int = parameter(4, "of the attention in the speech head")
-    normalise_layers: bool = parameter(
-        False, "each of the encoder's states before they are mixed, as large encoders want"
-    )
+    normalise_layers: bool = parameter(False, "each of the encoder's states before they are mixed")
     image_head: str = parameter(
         "global",
         "the frozen embedding alone, or with pooled patches",

@@ -222,7 +222,7 @@ def test_the_same_random_examples_for_every_arm(runs, smoke_data):
 
 
 def test_an_unknown_name_is_refused_before_anything_is_done(tmp_path):
-    with pytest.raises(InputError, match=r"no parameter 'noise_rate'; there are .*weight"):
+    with pytest.raises(InputError, match=r"no parameter 'noise_rate'.*; there are .*weight"):
         run_experiment(tmp_path / "none", tmp_path / "run", noise_rate=0.3)
     with pytest.raises(InputError, match="no parameter 'denoising'"):
         run_experiment(tmp_path / "none", tmp_path / "run", denoising=Denoising())

@@ -3,9 +3,9 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import pytest
 import torch
 from cmdlab_kernels.info_nce import info_nce
 from torch import Tensor, nn
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cmdlab.encoders import Features
 from cmdlab.errors import InputError
@@ -184,14 +183,29 @@ def test_chunks_keep_a_fraction_for_the_backward_pass():
     assert most[1] < most[0] / 3
 
 
-def work(folder: Path, features: Features, validation: Features, before: Path | None) -> None:
-    """What each of several processes does, started as by torchrun."""
+def work(
+    rank: int,
+    processes: int,
+    port: int,
+    folder: Path,
+    features: Features,
+    validation: Features,
+    begun: Path | None,
+) -> None:
+    """What each of several processes does, in the environment that torchrun gives it."""
     torch.set_num_threads(1)
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+    }
     with joined("cpu") as device:
         done: dict[str, Any] = {
-            f"{name}, {head}, {chunk}": in_shares(point, head, chunk)
+            f"{name}, {chunk}": in_shares(point, head_of(name), chunk)
             for name, point in POINTS.items()
-            for head in ("global", "patches")
             for chunk in (0, 2)
         }
         for name, training in RUNS.items():
@@ -199,11 +213,11 @@ def work(folder: Path, features: Features, validation: Features, before: Path | 
             done[f"run, {name}"] = weights_of(trained)
             done[f"curve, {name}"] = trained.curve
         path = folder / "checkpoint.pt"
-        if before is None:
+        if begun is None:
             train(RUNS["swap"], features, validation, checkpoint=path, stop_after=7)
         else:
             if is_first_process():
-                shutil.copy(before, path)
+                shutil.copy(begun, path)
             torch.distributed.barrier()
             trained = train(RUNS["swap"], features, validation, checkpoint=path)
             done["continued"] = weights_of(trained)
@@ -214,7 +228,6 @@ def work(folder: Path, features: Features, validation: Features, before: Path | 
             with pytest.raises(InputError) as refusal:
                 train(training, features, validation, checkpoint=checkpoint)
             done[name] = str(refusal.value)
-        rank = torch.distributed.get_rank()
         done["processes"] = process_count()
     torch.save(done, folder / f"{rank}.pt")
 
@@ -228,19 +241,13 @@ def weights_of(trained: Trained) -> dict[str, Tensor]:
     return weights | {"query bias": query, "value bias": value}
 
 
-def launch(processes: int, *arguments: object) -> None:
-    """As `torchrun --nproc-per-node` does; it raises where one of them fails."""
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    elastic_launch(config, work)(*arguments)
+def head_of(point: str) -> str:
+    return "patches" if "swap" in point else "global"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -253,8 +260,11 @@ def launched(splits, tmp_path_factory) -> dict[int, Path]:
     """Two processes, and three that continue what the two began."""
     folders = {count: tmp_path_factory.mktemp(f"of{count}") for count in (2, 3)}
     begun = folders[2] / "checkpoint.pt"
-    launch(2, folders[2], *splits, None)
-    launch(3, folders[3], *splits, begun)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2])  # they import this file by pytest's name
+        for processes, continued in ((2, None), (3, begun)):
+            arguments = (processes, free_port(), folders[processes], *splits, continued)
+            torch.multiprocessing.spawn(work, arguments, processes)
     return folders
 
 
@@ -271,11 +281,10 @@ def test_every_process_has_the_losses_and_gradients_of_the_batch(launched, proce
     found = results(launched[processes])
     assert [one["processes"] for one in found] == [processes] * processes
     for name, point in POINTS.items():
-        for head in ("global", "patches"):
-            expected = at_once(point, head)
-            for one in found:
-                for chunk in (0, 2):
-                    assert_same_step(one[f"{name}, {head}, {chunk}"], expected)
+        expected = at_once(point, head_of(name))
+        for one in found:
+            for chunk in (0, 2):
+                assert_same_step(one[f"{name}, {chunk}"], expected)
 
 
 @of_processes
@@ -333,7 +342,8 @@ def test_torchrun_trains_one_model(smoke_corpus, smoke_data, tmp_path):
     recipe = {"steps": 4, "batch_size": 13, "weight": 1.0, "direction": "both", "seed": 2}
     command = ["-m", "cmdlab", "train", "--device", "cpu", "--corpus", str(smoke_corpus)]
     command += [part for name, value in recipe.items() for part in ("-p", f"{name}={value}")]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--master-port", str(free_port())]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     printed = [
         subprocess.run(
