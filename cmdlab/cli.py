@@ -130,15 +130,12 @@ def _train(chosen: Namespace) -> None:
     from cmdlab.experiment import pick_device, run_experiment
     from cmdlab.retrieval import is_first_process, joined
 
-    parameters: dict[str, Any] = {}
-    for name, value in chosen.parameters:
-        if name in parameters:
-            raise InputError(f"-p {name} is given twice; give it once")
+    parameters = _given(chosen)
+    for name in parameters:
         if name in inspect.signature(run_experiment).parameters:
             raise InputError(
                 f"-p {name} is no parameter of the training; `cmdlab train --help` has the options"
             )
-        parameters[name] = value
     with joined(pick_device(chosen.device)) as device:
         result = run_experiment(
             chosen.corpus,
@@ -170,7 +167,7 @@ def _sweep(chosen: Namespace) -> None:
         runs=chosen.runs,
         workers=chosen.workers,
         smoke=chosen.smoke,
-        overrides=dict(chosen.parameters),
+        overrides=_given(chosen),
         engine=engine,
     )
     print(f"{done.listing}: {done.done} run, {done.resumed} kept from before, {done.failed} failed")
@@ -522,15 +519,7 @@ def _parser() -> ArgumentParser:
         action="store_true",
         help="list what cannot be read and train without it; every file is read first",
     )
-    train.add_argument(
-        "-p",
-        dest="parameters",
-        type=_parameter,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="change a parameter from its default, see below; may be repeated",
-    )
+    _add_parameters(train, "change a parameter from its default, see below")
     train.below = _parameters
 
     sweep = _command(
@@ -558,15 +547,7 @@ def _parser() -> ArgumentParser:
     )
     sweep.add_argument("file", type=Path, metavar="FILE", help="a YAML sweep file")
     sweep.add_argument("--smoke", action="store_true", help="shrink every cell to seconds")
-    sweep.add_argument(
-        "-p",
-        dest="parameters",
-        type=_parameter,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="replace a parameter of every cell, as corpus=/data/flickr8k; may be repeated",
-    )
+    _add_parameters(sweep, "replace a parameter of every cell, as corpus=/data/flickr8k")
     sweep.add_argument(
         "--workers",
         type=_positive,
@@ -887,6 +868,28 @@ def _command(
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def _given(chosen: Namespace) -> dict[str, Any]:
+    """What `-p` gave, by name. Raises InputError for a name that is given twice."""
+    parameters: dict[str, Any] = {}
+    for name, value in chosen.parameters:
+        if name in parameters:
+            raise InputError(f"-p {name} is given twice; give it once")
+        parameters[name] = value
+    return parameters
+
+
+def _add_parameters(parser: ArgumentParser, text: str) -> None:
+    parser.add_argument(
+        "-p",
+        dest="parameters",
+        type=_parameter,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"{text}; may be repeated",
+    )
 
 
 def _positive(text: str) -> int:
