@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 IMPLS = ("auto", "scan", "faiss", "reference")
 MULTIPLE = 64  # of entries in a code: torch reads whole registers, past the end of a shorter row
 COLUMNS = 1024  # maxima from which the scan takes its threshold
-BLOCK = 65_536  # rows in float64 at a time
+BLOCK = 1024  # rows in float64 at a time, which a processor keeps in its cache
 LONGEST = 1.001  # norm of a row: 1, and rounding
 ROUNDED_RESULT = 2.0**-7  # of a score: to bfloat16, perhaps twice; half of it were enough for once
 WIDEST = 4096  # dimensions for which ROUNDED_SUM holds
