@@ -730,7 +730,8 @@ def _parser() -> ArgumentParser:
         type=Path,
         default=None,
         metavar="FILE.csv",
-        help="default: reports/kernels/ and the GPU's or processor's kind; none with --quick",
+        help="default: reports/kernels/, the GPU's or processor's kind and the operations chosen; "
+        "none with --quick",
     )
 
     _command(

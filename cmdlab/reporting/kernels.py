@@ -2,7 +2,8 @@
 
 import csv
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from cmdlab.reporting.page import (
 )
 from cmdlab.reporting.panels import ARM, BASELINE, GRID, INK, MUTED, PAPER, Panel
 
-OURS = "cmdlab_kernels"
-TITLES = {
-    "retrieval_ranks": "Retrieval ranks",
-    "denoising_attention": "Denoising attention",
-    "info_nce": "InfoNCE",
+OURS = "cmdlab"  # how the names of our own providers begin
+OPERATIONS = {  # the title of each, and our provider that its peers are compared with
+    "retrieval_ranks": ("Retrieval ranks", "cmdlab_kernels"),
+    "denoising_attention": ("Denoising attention", "cmdlab_kernels"),
+    "info_nce": ("InfoNCE", "cmdlab_kernels"),
+    "nearest": ("Nearest vectors", "cmdlab.search scan"),
 }
 MACHINE = ("threads", "driver", "torch", "triton", "git_sha")
 LINE = 40  # height of a row of a ranking
@@ -63,28 +65,33 @@ class Timing:
     precisions: str = ""  # which older files lack
 
     @property
+    def is_ours(self) -> bool:
+        """Whether it is the one that its operation's peers are compared with."""
+        return self.provider == OPERATIONS.get(self.operation, ("", None))[1]
+
+    @property
     def is_peer(self) -> bool:
         """Whether it does all that the operation does: a bare product does not."""
         return not self.provider.startswith((OURS, "bare ")) and "captions" not in self.provider
 
 
 def write_kernel_report(files: Sequence[Path], output: Path) -> None:
-    """Draw the report of some CSV files, one section a device, and put it in place of `output`.
+    """Draw the report of some CSV files, one section each, and put it in place of `output`.
 
     The same files give the same bytes. Raises InputError that names file, line and column.
     """
-    timings = [timing for file in files for timing in read_timings(file)]
-    devices = list(dict.fromkeys(timing.device for timing in timings))
-    sections = [Section("found", "What was found", [_found(timings, devices)])]
-    for index, device in enumerate(devices):
-        own = [timing for timing in timings if timing.device == device]
-        sections.append(Section(f"device-{index}", device, _device_blocks(own, f"d{index}")))
-    sections += [_method(), Section("origin", "Provenance", [_origin_table(timings, devices)])]
+    runs = _named([read_timings(file) for file in files])
+    devices = list(dict.fromkeys(timings[0].device for timings in runs.values()))
+    titles = _titles(timing for timings in runs.values() for timing in timings)
+    sections = [Section("found", "What was found", [_found(runs.values())])]
+    for index, (name, timings) in enumerate(runs.items()):
+        sections.append(Section(f"device-{index}", name, _run_blocks(timings, f"d{index}")))
+    sections += [_method(), Section("origin", "Provenance", [_origin_table(runs)])]
     write_page(
         Path(output),
         title="The kernels against their peers",
         kicker="Cross-Modal Denoising · kernel benchmarks",
-        lead=f"{len(TITLES)} operations on {', '.join(devices)}",
+        lead=f"{', '.join(titles)} on {', '.join(devices)}",
         sections=sections,
         footer="Drawn by cmdlab report from the benchmarks' CSV files. The page holds no script "
         "and makes no request.",
@@ -103,9 +110,26 @@ def read_timings(file: Path) -> list[Timing]:
             timings = [_timing(file, reader.line_num, line) for line in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{file}: is no readable CSV ({error})") from error
-    if not any(timing.provider == OURS for timing in timings):
+    if not any(timing.is_ours for timing in timings):
         raise InputError(f"{file}: holds no timing of {OURS}; run `cmdlab bench` again")
+    if len({timing.device for timing in timings}) > 1:
+        raise InputError(f"{file}: holds timings of several devices; give each its own file")
     return timings
+
+
+def _named(runs: Sequence[list[Timing]]) -> dict[str, list[Timing]]:
+    """Each file's timings by the device, and where several are of one, what was timed there."""
+    devices = [timings[0].device for timings in runs]
+    named = {}
+    for number, (device, timings) in enumerate(zip(devices, runs, strict=True), 1):
+        name = device if devices.count(device) == 1 else f"{device}: {', '.join(_titles(timings))}"
+        named[f"{name} ({number})" if name in named else name] = timings
+    return named
+
+
+def _titles(timings: Iterable[Timing]) -> list[str]:
+    timed = {timing.operation for timing in timings}
+    return [title for operation, (title, _) in OPERATIONS.items() if operation in timed]
 
 
 def _timing(file: Path, number: int, line: dict[str, str]) -> Timing:
@@ -126,7 +150,7 @@ def _timing(file: Path, number: int, line: dict[str, str]) -> Timing:
 def _groups(timings: Sequence[Timing], operation: str) -> dict[tuple[str, str], list[Timing]]:
     """The timings of an operation by mode and shape; a bare product belongs to every mode."""
     own = [timing for timing in timings if timing.operation == operation]
-    modes = dict.fromkeys(timing.mode for timing in own if timing.provider.startswith(OURS))
+    modes = dict.fromkeys(timing.mode for timing in own if timing.is_ours)
     shapes = dict.fromkeys(timing.shape for timing in own)
     return {
         (mode, shape): [
@@ -144,14 +168,13 @@ def _largest(timings: Sequence[Timing], operation: str) -> dict[str, tuple[str, 
     return {m: (shape, group) for (m, shape), group in _groups(timings, operation).items()}
 
 
-def _found(timings: Sequence[Timing], devices: Sequence[str]) -> Markup:
-    """One sentence for the largest size of each operation, mode and device."""
+def _found(runs: Iterable[Sequence[Timing]]) -> Markup:
+    """One sentence for the largest size of each operation and mode of a run."""
     sentences = []
-    for device in devices:
-        own = [timing for timing in timings if timing.device == device]
-        for operation, title in TITLES.items():
-            for mode, (_, group) in _largest(own, operation).items():
-                ours = next(timing for timing in group if timing.provider == OURS)
+    for timings in runs:
+        for operation, (title, _) in OPERATIONS.items():
+            for mode, (_, group) in _largest(timings, operation).items():
+                ours = next(timing for timing in group if timing.is_ours)
                 peers = sorted((t for t in group if t.is_peer), key=lambda timing: timing.p50)
                 if not peers:
                     continue
@@ -163,9 +186,9 @@ def _found(timings: Sequence[Timing], devices: Sequence[str]) -> Markup:
                         Markup("<b>{}</b>").format(title),
                         _written(ours.shape),
                         mode,
-                        device,
+                        ours.device,
                         seconds(ours.p50),
-                        OURS,
+                        ours.provider,
                         peers[0].provider,
                         seconds(peers[0].p50),
                         f"{ratio:.2f} times as long" if ratio >= 1 else f"only {ratio:.2f} of that",
@@ -174,7 +197,7 @@ def _found(timings: Sequence[Timing], devices: Sequence[str]) -> Markup:
     return bullets(sentences)
 
 
-def _device_blocks(timings: Sequence[Timing], prefix: str) -> list[Markup | Table | Figure]:
+def _run_blocks(timings: Sequence[Timing], prefix: str) -> list[Markup | Table | Figure]:
     reached = {t.provider: t.p50 for t in timings if t.operation == "ceiling"}
     stated = ", ".join(
         f"{name} {count(value)}{'B/s' if name == 'copy' else 'FLOP/s'}"
@@ -184,7 +207,7 @@ def _device_blocks(timings: Sequence[Timing], prefix: str) -> list[Markup | Tabl
         paragraph("Ceilings measured in the same run: {}.", stated),
         _roofline(timings, reached, f"{prefix}-roofline"),
     ]
-    for operation, title in TITLES.items():
+    for operation, (title, _) in OPERATIONS.items():
         groups = _groups(timings, operation)
         if not groups:
             continue
@@ -192,7 +215,7 @@ def _device_blocks(timings: Sequence[Timing], prefix: str) -> list[Markup | Tabl
         for number, mode in enumerate(dict.fromkeys(mode for mode, _ in groups)):
             own = {shape: group for (m, shape), group in groups.items() if m == mode}
             blocks.append(_figure(title, mode, own, f"{prefix}-{operation}-{number}"))
-        blocks.append(_table(title, groups, f"{prefix}-{operation}-table"))
+        blocks.append(_table(operation, groups, f"{prefix}-{operation}-table"))
     return blocks
 
 
@@ -214,13 +237,15 @@ def _figure(title: str, mode: str, by_shape: dict[str, list[Timing]], name: str)
         name,
         f"{title}, {mode}: seconds against size, then each size, fastest first (median; line: 20th "
         "to 80th percentile), and the peak of the memory above the inputs. All scales are "
-        f"logarithmic. Filled: {OURS}. Open: peers.",
+        f"logarithmic. Filled: {OURS}'s own. Open: peers.",
         panels,
     )
 
 
 def _against_size(mode: str, by_shape: dict[str, list[Timing]], name: str) -> Markup:
-    providers = dict.fromkeys(t.provider for group in by_shape.values() for t in group)
+    timings = [timing for group in by_shape.values() for timing in group]
+    leading = next(timing.provider for timing in timings if timing.is_ours)
+    providers = dict.fromkeys(timing.provider for timing in timings)
     height = 230 + 17 * len(providers)
     panel = Panel(name, height, margins=(52, 12, 46, 50 + 17 * len(providers)))
     described = []
@@ -236,7 +261,7 @@ def _against_size(mode: str, by_shape: dict[str, list[Timing]], name: str) -> Ma
             list(points),
             list(points.values()),
             color=ARM if ours else BASELINE,
-            linewidth=2.2 if provider == OURS else 1.1,
+            linewidth=2.2 if provider == leading else 1.1,
             alpha=1 if ours else 0.75,
             marker=MARKERS[index % len(MARKERS)],
             markersize=6,
@@ -291,9 +316,9 @@ def _ranking(title: str, group: Sequence[Timing], key: str, name: str) -> Markup
 def _roofline(timings: Sequence[Timing], reached: dict[str, float], name: str) -> Figure:
     """Operations a second against operations a byte, at the largest size of each operation."""
     points = []
-    for operation, title in TITLES.items():
+    for operation, (title, _) in OPERATIONS.items():
         for mode, (shape, group) in _largest(timings, operation).items():
-            ours = next(timing for timing in group if timing.provider == OURS)
+            ours = next(timing for timing in group if timing.is_ours)
             peer = min((t for t in group if t.is_peer), key=lambda t: t.p50, default=None)
             points.append((f"{title}, {mode}, {_written(shape)}", ours, peer))
     legend = 17 * len(points)
@@ -328,18 +353,19 @@ def _roofline(timings: Sequence[Timing], reached: dict[str, float], name: str) -
     return Figure(
         name,
         "What is reached, against the measured ceilings (dashed) and the bandwidth of a copy. "
-        f"Filled: {OURS}. Open: the fastest peer. Every figure counts the operations that the task "
-        "needs, so a kernel that multiplies in a smaller type can rise above a larger type's roof, "
-        "and what a peer computes in vain does not count for it.",
+        f"Filled: {OURS}'s own. Open: the fastest peer. Every figure counts the operations that "
+        "the task needs, so a kernel that multiplies in a smaller type can rise above a larger "
+        "type's roof, and what a peer computes in vain does not count for it.",
         [panel.svg("Roofline", "; ".join(described) + ".")],
         wide=True,
     )
 
 
-def _table(title: str, groups: dict[tuple[str, str], list[Timing]], name: str) -> Table:
+def _table(operation: str, groups: dict[tuple[str, str], list[Timing]], name: str) -> Table:
+    title, leading = OPERATIONS[operation]
     rows: list[Row] = []
     for (_, shape), group in groups.items():
-        ours = next(timing for timing in group if timing.provider == OURS)
+        ours = next(timing for timing in group if timing.is_ours)
         for index, timing in enumerate(sorted(group, key=lambda one: one.p50)):
             kind = " ".join(
                 ["break"] * (index == 0 and bool(rows)) + ["baseline"] * (timing is ours)
@@ -371,13 +397,13 @@ def _table(title: str, groups: dict[tuple[str, str], list[Timing]], name: str) -
             Column("Type", numeric=False),
             Column("Median"),
             Column("20–80 %"),
-            Column(f"Times {OURS}"),
+            Column(f"Times {leading}"),
             Column("Of the floor"),
             Column("Memory, MiB"),
         ],
         rows,
-        "Type: of the inputs, or the share of the captions that took each, where every caption "
-        "takes the precision that suits it. Of the floor: the least time that the ceilings "
+        "Type: of the inputs, or how much of the work took which, where that depends on the data. "
+        "Of the floor: the least time that the ceilings "
         "measured in the same run allow for the operations and bytes of the task, over the median. "
         "Memory: the peak above the inputs.",
     )
@@ -404,13 +430,12 @@ def _method() -> Section:
     )
 
 
-def _origin_table(timings: Sequence[Timing], devices: Sequence[str]) -> Table:
+def _origin_table(runs: dict[str, list[Timing]]) -> Table:
     rows = []
-    for device in devices:
+    for run, timings in runs.items():
         for name in MACHINE:
-            own = dict.fromkeys(getattr(t, name) for t in timings if t.device == device)
-            shown = ", ".join(value or "none" for value in own)
-            rows.append(Row([device, name.replace("_", " "), shown]))
+            shown = ", ".join(dict.fromkeys(getattr(t, name) or "none" for t in timings))
+            rows.append(Row([run, name.replace("_", " "), shown]))
     columns = [Column(name, numeric=False) for name in ("Device", "Entry", "Value")]
     return Table("origin-table", "Where the timings come from.", columns, rows)
 
@@ -449,9 +474,9 @@ def _legend_below(axes: Any, x: float, y: float) -> None:
 
 
 def _written(shape: str) -> str:
-    return shape.replace("x", " × ")
+    return re.sub(r"\d{4,}", lambda found: f"{int(found[0]):,}", shape).replace("x", " × ")
 
 
 def _short(shape: str) -> str:
     """The part of a shape that grows: its first number."""
-    return shape.split("x")[0].split()[0]
+    return _written(shape).split()[0]

@@ -54,8 +54,9 @@ def run_benchmarks(
 
     device: "cpu" or "cuda", by default the GPU where there is one. quick: small sizes, few
     repeats. output: by default reports/kernels/NAME.csv, NAME being the GPU's name or "cpu" and the
-    processor's instructions, or with `quick` no file; `write` puts the text there. Returns whether
-    every answer was right; an operation with a wrong one gives no speed.
+    processor's instructions, then the operations if some were chosen; with `quick` no file. `write`
+    puts the text there. Returns whether every answer was right; an operation with a wrong one gives
+    no speed.
     Raises ValueError for an operation or a device that is not there.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,7 +68,7 @@ def run_benchmarks(
     machine = _machine(device)
     if output is None and not quick:
         name = f"cpu {_instructions()}" if device == "cpu" else machine["device"]
-        name = re.sub("[^a-z0-9]+", "-", name.lower())
+        name = re.sub("[^a-z0-9]+", "-", " ".join([name, *operations]).lower())
         output = Path("reports", "kernels", f"{name}.csv")
     print(f"what {machine['device']} reaches now", file=sys.stderr)
     reached = ceilings(device, quick)

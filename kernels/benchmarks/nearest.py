@@ -71,7 +71,7 @@ def _size(mode: str, size: int, quick: bool, ceilings: dict[str, float]) -> list
             least_bytes=least_bytes,  # a row's int8 entries are the least that is known to do
             floor=max(flops / product, least_bytes / ceilings["copy"]),
             peak_memory_bytes=peak_memory(turns[name], "cpu"),
-            precisions=f"{doubted:.0f} of {size} in float64" if name.endswith("scan") else None,
+            precisions=f"int8, {doubted:.0f} rows in float64" if name.endswith("scan") else None,
         )
         for name, quantiles in seconds.items()
     ]

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,16 @@ def test_the_default_file_tells_the_kind_of_processor(bench, tmp_path, capsys, m
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert bench.run_benchmarks("cpu")
     assert (tmp_path / "reports" / "kernels" / "cpu-avx2.csv").exists()
+
+
+def test_some_operations_do_not_replace_the_file_of_all(bench, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "ceilings", lambda device, quick: {"copy": 1.0})
+    monkeypatch.setitem(sys.modules, "nearest", SimpleNamespace(benchmark=lambda *_: []))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert bench.run_benchmarks("cpu", operations=["nearest"])
+    files = (tmp_path / "reports" / "kernels").iterdir()
+    assert [file.name for file in files] == ["cpu-avx2-nearest.csv"]
 
 
 @pytest.mark.parametrize("field", ["speech_equal", "image_greater"])

@@ -39,6 +39,15 @@ def ranks(ours=0.5, peer=1.25, device="a CPU", name="faiss"):
     ]
 
 
+def nearest(device="a CPU"):
+    named = {"mode": "as trained", "shape": "1000000x256", "device": device}
+    return [
+        line("nearest", "cmdlab.search scan", 0.03, **named),
+        line("nearest", "faiss IndexFlatIP", 0.12, **named),
+        line("nearest", "cmdlab.search by faiss", 0.02, **named),
+    ]
+
+
 def write(path, lines):
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(lines[0]))
@@ -99,6 +108,34 @@ def test_each_machine_has_its_own_section(tmp_path):
     assert len(ids) == len(set(ids))
 
 
+def test_the_search_of_an_index_is_compared_with_faiss_itself(tmp_path):
+    """Our search by faiss is ours, not a peer, however fast."""
+    page = draw(tmp_path, ceilings() + nearest())
+    found = text(page.find(id="found"))
+    assert "1,000,000 × 256, as trained, on a CPU: 30 ms with cmdlab.search scan" in found
+    assert "the fastest peer, faiss IndexFlatIP, takes 120 ms, 4.00 times as long" in found
+    ratios = [row.select("td")[5].text for row in page.select("#d0-nearest-table tbody tr")]
+    assert ratios == ["0.67", "1.00", "4.00"]
+    assert text(page.find(class_="lead")) == "Nearest vectors on a CPU"
+
+
+def test_runs_on_one_device_stand_apart_under_what_they_timed(tmp_path):
+    """Each has its own ceilings."""
+    slower = [one | {"p20": 1e7, "p50": 1e7, "p80": 1e7} for one in ceilings()]
+    runs = [ceilings() + ranks(), slower + nearest(), ceilings() + nearest()]
+    files = [write(tmp_path / f"{i}.csv", lines) for i, lines in enumerate(runs)]
+    write_kernel_report(files, tmp_path / "kernels.html")
+    page = BeautifulSoup((tmp_path / "kernels.html").read_text(encoding="utf-8"), "html.parser")
+    headings = [re.sub(r"^\d+ ", "", text(one)) for one in page.select("main h2")]
+    assert headings[1:4] == [
+        "a CPU: Retrieval ranks",
+        "a CPU: Nearest vectors",
+        "a CPU: Nearest vectors (3)",
+    ]
+    assert len(page.select("#found li")) == 3
+    assert "float32 10 MFLOP/s" in text(page.find(id="device-1"))
+
+
 def test_names_from_the_file_are_escaped(tmp_path):
     page = draw(tmp_path, ceilings(HOSTILE) + ranks(device=HOSTILE, name=HOSTILE))
     assert page.find_all("script") == []
@@ -126,7 +163,7 @@ def test_the_command_draws_it(tmp_path, capsys):
         ({"p50": "fast"}, r"cpu\.csv: line \d: p50 is 'fast', which is no number"),
         ({"p50": "nan"}, r"cpu\.csv: line \d: p20, p50, p80 are no positive, ordered numbers"),
         ({"p20": "9"}, r"line \d: p20, p50, p80 are no positive"),
-        ({"provider": "other"}, r"holds no timing of cmdlab_kernels"),
+        ({"provider": "other"}, r"holds no timing of cmdlab;"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path, change, message):
