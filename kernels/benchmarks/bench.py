@@ -145,7 +145,7 @@ def timings(
     """Seconds of each function, (p20, p50, p80).
 
     On a CPU the functions take turns, so that a change in the machine's load meets them all; one
-    that has taken 30 s has been timed often enough. One of less than `WARM_BELOW` is called once
+    that has taken 15 s has been timed often enough. One of less than `WARM_BELOW` is called once
     before it is timed, so that all find in the caches what they left there themselves, not what
     another one did. On a GPU each is timed by triton.testing.do_bench, which clears the L2 cache
     between calls; one of less than 100 µs a second time as NAME + GRAPH, without the time of its
@@ -159,7 +159,7 @@ def timings(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            if sum(seconds[name]) > 30:
+            if sum(seconds[name]) > 15:
                 continue
             if seconds[name] and seconds[name][-1] < WARM_BELOW:
                 function()
