@@ -23,7 +23,7 @@ def text(page: Path) -> list[str]:
     return soup.get_text(" ").split()
 
 
-@pytest.mark.parametrize("name", ["study", "ablation"])
+@pytest.mark.parametrize("name", ["study", "ablation", "competitors"])
 def test_a_published_report_is_the_one_its_records_give(name, tmp_path):
     write_report([REPORTS / name], tmp_path / "again.html")
     assert text(tmp_path / "again.html") == text(REPORTS / f"{name}.html")
@@ -58,8 +58,9 @@ def test_the_readme_leads_nowhere_that_is_not_there():
     assert [target for target in local if not (ROOT / target).exists()] == []
 
 
-def test_the_published_ablation_has_enough_seeds():
-    listing = json.loads((REPORTS / "ablation" / "sweeps" / "ablation.json").read_text())
+@pytest.mark.parametrize("name", ["ablation", "competitors"])
+def test_what_is_concluded_has_enough_seeds(name):
+    listing = json.loads((REPORTS / name / "sweeps" / f"{name}.json").read_text())
     seeds: dict[str, set[int]] = {}
     for cell in listing["cells"]:
         seeds.setdefault(cell["arm"], set()).add(cell["seed"])
@@ -67,7 +68,7 @@ def test_the_published_ablation_has_enough_seeds():
     assert not listing["smoke"]
 
 
-@pytest.mark.parametrize("name", ["study", "ablation"])
+@pytest.mark.parametrize("name", ["study", "ablation", "competitors"])
 def test_the_published_runs_are_of_the_recipe_in_the_sweep_file(name, monkeypatch):
     """The sweep file as it stands, with the notebook's defaults, names the arms as published."""
     monkeypatch.setattr("cmdlab.sweeps.files._corpus_hash", lambda *_: None)  # it lies nowhere yet
