@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from cmdlab.errors import InputError
 from cmdlab.outputs import write_file
+from cmdlab.shipped import model_folder
 
-MODULES = Path(__file__).with_name("modules")  # trained ones that ship, a folder each
 GROUP = 32  # captions that the speech head computes together on a CPU
 
 
@@ -254,13 +254,13 @@ class RetrievalModel(nn.Module):
     def from_pretrained(cls, source: Path | str) -> "RetrievalModel":
         """Read what `save_pretrained` wrote: a module that ships, by its name, or a folder.
 
-        A name that ships means that module, whatever lies in the working folder; `./NAME` is a
-        folder. Raises InputError where there is neither, and where the files do not fit.
+        `model_folder` says which is which. Raises InputError where there is neither, and where the
+        files do not fit.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        folder = _folder_of(source)
+        folder = model_folder(source)
         try:
             shape, encoders = _described((folder / "model.json").read_text())
             with torch.device("meta"):  # sizes that the weights do not have cost no memory
@@ -280,18 +280,6 @@ class RetrievalModel(nn.Module):
                 f"{folder}: holds no retrieval model ({reason}); train it again"
             ) from error
         return model.float()
-
-
-def _folder_of(source: Path | str) -> Path:
-    names = sorted(folder.name for folder in MODULES.glob("*") if folder.is_dir())
-    if source in names:
-        return MODULES / source
-    if isinstance(source, str) and not Path(source).exists():
-        raise InputError(
-            f"{source}: is neither a folder nor one of the modules that ship "
-            f"({', '.join(names) or 'none yet'}); give the folder of a trained model, as RUN/model"
-        )
-    return Path(source)
 
 
 def _described(text: str) -> tuple[Shape, dict[str, Frozen]]:

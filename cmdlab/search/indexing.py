@@ -32,13 +32,13 @@ from cmdlab.errors import InputError
 from cmdlab.outputs import write_file
 from cmdlab.search.index import ARRAYS, FORMAT, MANIFEST, Index, Unreadable
 from cmdlab.search.nearest import padded, quantise
+from cmdlab.shipped import MODULES, model_folder
 
 BATCH = 64  # pictures that a thread reads and embeds at a time
 ROWS = 4096  # of the arrays written at a time
 LOCK = "index.lock"
 FRESH = "fresh"  # the folder of what was embedded since the last generation
 SYSTEM_FOLDERS = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-SHIPPED = Path(__file__).parents[1] / "retrieval" / "modules"
 
 
 class Embedder(Protocol):
@@ -147,8 +147,7 @@ def model_identity(model: Path | str) -> str:
 
     It loads no torch. Raises InputError where the files are missing.
     """
-    folder = Path(_lasting_name(model))
-    folder = SHIPPED / folder if not folder.is_absolute() else folder
+    folder = model_folder(model)
     digest = hashlib.sha256()
     for name in ("model.json", "model.safetensors"):
         try:
@@ -156,17 +155,15 @@ def model_identity(model: Path | str) -> str:
         except OSError as error:
             raise InputError(
                 f"{folder / name}: cannot be read ({error.strerror}); give a trained model's "
-                "folder, as RUN/model, or the name of one that ships"
+                "folder, as RUN/model"
             ) from error
     return digest.hexdigest()
 
 
 def _lasting_name(model: Path | str) -> str:
     """The name of a module that ships, as it is, or a folder, wherever one stands."""
-    ships = (
-        isinstance(model, str) and "/" not in model and (SHIPPED / model / "model.json").exists()
-    )
-    return str(model) if ships else os.path.abspath(model)
+    folder = model_folder(model)
+    return folder.name if folder.parent == MODULES else str(folder)
 
 
 class _Found(NamedTuple):

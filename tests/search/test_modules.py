@@ -10,8 +10,8 @@ from cmdlab.cli import main
 from cmdlab.errors import InputError
 from cmdlab.evaluation import RankTable, interval
 from cmdlab.retrieval import RetrievalModel
-from cmdlab.retrieval.model import MODULES
-from cmdlab.search import Retriever, make_module, pull_module, push_module
+from cmdlab.search import Retriever, make_module, model_identity, pull_module, push_module
+from cmdlab.shipped import MODULES
 
 FILES = {"model.safetensors", "model.json", "MODEL_CARD.md"}
 
@@ -85,10 +85,11 @@ def shape_of(run):
 
 
 def test_modules_that_ship_are_loaded_by_name(module, monkeypatch, tmp_path):
-    monkeypatch.setattr("cmdlab.retrieval.model.MODULES", module.parent)
+    monkeypatch.setattr("cmdlab.shipped.MODULES", module.parent)
     monkeypatch.chdir(tmp_path)
     Path("small-patches").mkdir()  # is not what the name means
     assert Retriever("small-patches").dimension == 256
+    assert model_identity("small-patches") == model_identity(module)
     with pytest.raises(InputError, match="holds no retrieval model"):
         RetrievalModel.from_pretrained("./small-patches")
     with pytest.raises(InputError, match=r"none of it: is neither .* \(small-patches\)"):
