@@ -195,8 +195,8 @@ def _search(chosen: Namespace) -> None:
     elif chosen.say is not None:
         vector = retriever.embed_speech(*spoken(chosen.say))
     else:
-        print(f"recording for {chosen.record} s: speak now", file=sys.stderr)
-        vector = retriever.embed_speech(*recorded(chosen.record))
+        ready = partial(print, f"recording for {chosen.record} s: speak now", file=sys.stderr)
+        vector = retriever.embed_speech(*recorded(chosen.record, ready))
     matches = index.nearest(vector, chosen.k)
     paths = [str(index.pictures / match.path) for match in matches]
     if chosen.json:
@@ -220,6 +220,8 @@ def _worth(chosen: Namespace) -> None:
     from cmdlab.search import Index, write_worth
 
     if chosen.queries is None:
+        if chosen.corpus:
+            raise InputError("--corpus: says which of the pairs to ask; give them by --queries")
         index, retriever = Index(chosen.index), None
     else:
         index, retriever = _open_index(chosen)
@@ -228,6 +230,7 @@ def _worth(chosen: Namespace) -> None:
         retriever,
         chosen.output,
         queries=chosen.queries,
+        corpus=chosen.corpus,
         seconds_per_picture=chosen.seconds_per_picture,
         price=chosen.price,
         currency=chosen.currency,
@@ -242,7 +245,13 @@ def _open_index(chosen: Namespace) -> tuple[Any, Any]:
 
     index = Index(chosen.index)
     model = chosen.model or index.model
-    if model_identity(model) != index.identity:
+    try:
+        identity = model_identity(model)
+    except InputError as error:
+        if chosen.model:
+            raise
+        raise InputError(f"{error}; if it was moved, say where to by --model") from error
+    if identity != index.identity:
         raise InputError(
             f"{model}: is not the model that made {chosen.index}; name that one by --model, or "
             "make the index again"
@@ -656,14 +665,18 @@ def _parser() -> ArgumentParser:
         was said on the page: how many are found at once and on one screen, with intervals; the
         pictures looked at before the right one; the time saved against leafing through; and the
         cost of an hour of training. Pairs are a CSV file as `cmdlab corpus import` takes it, with
-        the columns audio and image; its pictures are in the index.
+        the columns audio and image; its pictures are in the index. Pairs that were trained with are
+        found more easily than others: --corpus asks those of the corpus' test split alone.
 
-        example: cmdlab worth holiday.index --queries pairs.csv --price 2.50 -o worth.html
+        example: cmdlab worth holiday.index --queries pairs.csv --corpus data/mine -o worth.html
         output:  the file given by -o, which opens offline in any browser
         """,
     )
     worth.add_argument("index", type=Path, metavar="INDEX")
     worth.add_argument("--queries", type=Path, metavar="PAIRS.csv", help="default: the page's log")
+    worth.add_argument(
+        "--corpus", type=Path, metavar="DIR", help="imported from the pairs: ask its test split"
+    )
     worth.add_argument(
         "--seconds-per-picture",
         type=_share,

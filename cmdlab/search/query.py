@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,10 +26,13 @@ def spoken(text: str, voice: str = VOICE) -> tuple[NDArray[np.int16], int]:
         raise InputError(f"{text!r} cannot be spoken: {error}; write English words") from error
 
 
-def recorded(seconds: float) -> tuple[NDArray[np.float32], int]:
+def recorded(
+    seconds: float, ready: Callable[[], object] = lambda: None
+) -> tuple[NDArray[np.float32], int]:
     """What the microphone hears from now on: samples float32 [samples], and their rate in Hz.
 
-    Raises InputError where there is no microphone, or nothing to record with.
+    ready: called once it listens. Raises InputError where there is no microphone, or nothing to
+    record with.
     """
     try:
         import sounddevice
@@ -41,11 +46,13 @@ def recorded(seconds: float) -> tuple[NDArray[np.float32], int]:
             " or give a sound file"
         ) from error
     try:
-        frames = round(seconds * SAMPLE_RATE)
-        samples = sounddevice.rec(frames, samplerate=SAMPLE_RATE, channels=1, dtype="float32")
+        # Not every microphone gives 16 kHz; the retriever takes any rate.
+        rate = round(sounddevice.query_devices(kind="input")["default_samplerate"])
+        samples = sounddevice.rec(round(seconds * rate), rate, channels=1, dtype="float32")
+        ready()
         sounddevice.wait()
-    except sounddevice.PortAudioError as error:
+    except (sounddevice.PortAudioError, ValueError) as error:
         raise InputError(
             f"there is no microphone to record from ({error}); connect one, or give a sound file"
         ) from error
-    return samples[:, 0], SAMPLE_RATE
+    return samples[:, 0], rate

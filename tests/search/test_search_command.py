@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +88,8 @@ def test_an_unchanged_folder_is_seen_without_torch(indexed, run):
         (["q.wav", "--say", "a star"], "say what to search for"),
         (["no-such.wav"], "no-such.wav"),
         (["--say", "…"], "cannot be spoken"),
-        (["--say", "a star", "--model", "elsewhere"], "cannot be read"),
+        (["--say", "a star", "--model", "elsewhere"], "is neither a folder nor one of the modules"),
+        (["--say", "a star", "--model", "/"], "/model.json: cannot be read"),
     ],
 )
 def test_a_search_that_cannot_be_is_one_line(arguments, line, indexed, capsys):
@@ -97,7 +99,70 @@ def test_a_search_that_cannot_be_is_one_line(arguments, line, indexed, capsys):
     assert line in error
 
 
-def test_without_a_microphone_the_remedy_is_told(indexed, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sounddevice", None)
+def test_a_model_that_was_moved_is_asked_for(indexed, run, tmp_path, capsys):
+    shutil.copytree(run / "model", tmp_path / "model")
+    pictures, index = indexed[0].with_name("gallery"), tmp_path / "moved.index"
+    assert main(["index", str(pictures), "--model", f"{tmp_path}/model", "-o", str(index)]) == 0
+    (tmp_path / "model").rename(tmp_path / "later")
+    said = ["search", str(index), "--say", "a star"]
+    assert main(said) == 2
+    assert "if it was moved, say where to by --model" in capsys.readouterr().err
+    assert main([*said, "--model", str(tmp_path / "later")]) == 0
+
+
+class Microphone:
+    """Stands for sounddevice, which needs a sound card to be tried: one that hums at 48 kHz."""
+
+    class PortAudioError(Exception):
+        pass
+
+    def __init__(self, there: bool) -> None:
+        self.there = there
+
+    def query_devices(self, *, kind):
+        assert kind == "input"
+        if not self.there:
+            raise self.PortAudioError("Error querying device -1")
+        return {"default_samplerate": 48_000.0}
+
+    def rec(self, frames, samplerate, *, channels, dtype):
+        assert channels == 1
+        times = np.arange(frames, dtype=dtype) / samplerate
+        return 0.1 * np.sin(2 * np.pi * 200 * times)[:, None]
+
+    def wait(self):
+        pass
+
+
+def test_what_the_microphone_hears_is_searched_for(indexed, retriever, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sounddevice", Microphone(there=True))
+    assert main(["search", str(indexed[0]), "--record", "2", "-k", "1", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "recording for 2 s: speak now" in printed.err
+    hum = 0.1 * np.sin(2 * np.pi * 200 * np.arange(96_000) / 48_000)
+    scores = Index(indexed[0]).vectors @ retriever.embed_speech(hum, 48_000)
+    assert json.loads(printed.out)[0]["score"] == pytest.approx(scores.max(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("module", "remedy"),
+    [
+        (None, "pip install cmdlab[microphone], or give a sound file"),
+        (Microphone(there=False), "there is no microphone to record from (Error querying device"),
+        ("raise OSError('PortAudio library not found')", "Debian has it as libportaudio2"),
+    ],
+    ids=["no package", "no device", "no PortAudio"],
+)
+def test_without_a_microphone_the_remedy_is_told(
+    module, remedy, indexed, tmp_path, capsys, monkeypatch
+):
+    if isinstance(module, str):
+        (tmp_path / "sounddevice.py").write_text(module)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "sounddevice", raising=False)
+    else:
+        monkeypatch.setitem(sys.modules, "sounddevice", module)
     assert main(["search", str(indexed[0]), "--record", "1"]) == 2
-    assert "pip install cmdlab[microphone]" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert remedy in error
+    assert "speak now" not in error
