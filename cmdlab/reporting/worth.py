@@ -210,6 +210,7 @@ def _limits(worth: Worth) -> Markup:
         [
             f"It holds for a collection of {worth.gallery:,} pictures: in a larger one more "
             "pictures compete, and leafing through takes longer.",
+            "Pairs that the model was trained with are found more easily than new ones.",
             "People who know the picture describe it better than people who look for one like it.",
             "What was said on the page is what somebody cared to say: searches that were given up "
             "without a word are not in it.",

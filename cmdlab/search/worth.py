@@ -3,6 +3,7 @@
 The figures come from own pairs of a recording and its picture, or from what was said on the page.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cmdlab.corpora import SAMPLE_RATE, BadEntry, bytes_of, decode_sound, read_pairs_csv
+from cmdlab.corpora import (
+    SAMPLE_RATE,
+    BadEntry,
+    bytes_of,
+    decode_sound,
+    load_corpus,
+    read_pairs_csv,
+)
 from cmdlab.errors import InputError
 from cmdlab.reporting import Estimate, Worth, draw_worth
 from cmdlab.search.index import Index
@@ -45,6 +53,7 @@ def write_worth(
     output: Path,
     *,
     queries: Path | None = None,
+    corpus: Path | None = None,
     seconds_per_picture: float = 1.0,
     price: float | None = None,
     currency: str = "EUR",
@@ -52,26 +61,38 @@ def write_worth(
     """Draw the sheet at `output`, from a CSV file of pairs with the columns audio and image, or
     without one from the page's log.
 
-    seconds_per_picture: what leafing through takes. price: of an hour on one GPU, in `currency`.
-    Raises InputError for pairs or a log that cannot be used, or of fewer than two pictures.
+    corpus: that which was imported from these pairs, of which training has not seen the test split:
+    then that split alone is asked. seconds_per_picture: what leafing through takes. price: of an
+    hour on one GPU, in `currency`. Raises InputError for pairs or a log that cannot be used, or of
+    fewer than two pictures.
     """
     if queries is None:
         trials = trials_of_log(index.folder)
     else:
         assert retriever is not None, "pairs are searched for"
-        trials = trials_of_pairs(index, retriever, queries)
+        trials = trials_of_pairs(index, retriever, queries, corpus)
     draw_worth(measure(trials, seconds_per_picture), output, price=price, currency=currency)
 
 
-def trials_of_pairs(index: Index, retriever: Retriever, file: Path) -> Trials:
-    """Search for each recording of a CSV file of pairs. Ties count against the search."""
+def trials_of_pairs(
+    index: Index, retriever: Retriever, file: Path, corpus: Path | None = None
+) -> Trials:
+    """Search for each recording of a CSV file of pairs, or of those that a corpus made of them has
+    in its test split. Ties count against the search."""
     pairs = read_pairs_csv(file)
     if pairs.problems:
         raise InputError(f"{file}: {pairs.problems[0].entry}: {pairs.problems[0].message}")
+    asked, source = pairs.pairs, f"pairs of {file.name}"
+    if corpus is not None:
+        names = _tested(corpus)
+        asked = [pair for pair in asked if pair.image in names]
+        source = f"pairs of {file.name} in the test split of {corpus.resolve().name}"
+    if not asked:
+        raise InputError(f"{file}: holds no {source}; name the file that the corpus was made of")
     row_of = {index.path(row): row for row in range(len(index))}
     root = index.pictures.resolve()
     rank, seconds, picture = [], [], []
-    for pair in tqdm(pairs.pairs, desc="searching", unit=" recordings"):
+    for pair in tqdm(asked, desc="searching", unit=" recordings"):
         own = row_of.get(os.path.relpath((file.parent / pair.image).resolve(), root))
         if own is None:
             raise InputError(
@@ -87,12 +108,30 @@ def trials_of_pairs(index: Index, retriever: Retriever, file: Path) -> Trials:
         seconds.append(len(waveform) / SAMPLE_RATE)
         picture.append(own)
     return Trials(
-        f"{len(rank):,} pairs of {file.name}",
+        f"{len(rank):,} {source}",
         np.array(rank, np.float64),
         np.full(len(rank), len(index)),
         np.array(seconds, np.float64),
         np.array(picture, np.int64),
     )
+
+
+def _tested(corpus: Path) -> set[str]:
+    """What the source of an imported corpus calls the pictures of its test split."""
+    test = load_corpus(corpus, "test")
+    file = corpus / "sources.json"
+    try:
+        sources = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            name
+            for image in test.images
+            for name in sources[image.path.relative_to(test.root).as_posix()]
+        }
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{file}: does not say where the corpus' pictures come from; name a corpus that "
+            "`cmdlab corpus import` made of these pairs"
+        ) from error
 
 
 def trials_of_log(folder: Path) -> Trials:

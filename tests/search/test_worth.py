@@ -11,7 +11,7 @@ from bs4 import BeautifulSoup
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmdlab.corpora import load_corpus
+from cmdlab.corpora import import_corpus, load_corpus
 from cmdlab.errors import InputError
 from cmdlab.search import Index
 from cmdlab.search.verdicts import LOG, Verdict, log_verdict, read_verdicts
@@ -132,6 +132,32 @@ def test_the_same_picture_twice_counts_as_shown_before(own, make_index, retrieve
     twice = trials_of_pairs(make_index(tmp_path / "pictures"), retriever, tmp_path / "pairs.csv")
     once = trials_of_pairs(index, retriever, folder / "pairs.csv")
     np.testing.assert_array_equal(twice.rank, 2 * once.rank)
+
+
+def test_of_pairs_that_were_trained_with_the_test_split_alone_is_asked(
+    own, smoke_corpus, make_index, retriever, tmp_path
+):
+    _, folder, _ = own
+    test = load_corpus(smoke_corpus, "test")
+    images = {image.id: f"pictures/{image.path.name}" for image in test.images}
+    shutil.copytree(folder / "pictures", tmp_path / "pictures")
+    (tmp_path / "recordings").mkdir()
+    rows = []
+    for number, caption in enumerate(test.captions[::5]):  # the first of each picture
+        shutil.copy(caption.audio, tmp_path / "recordings")
+        split = ("train", "val", "test", "train")[number % 4]
+        rows.append((f"recordings/{caption.audio.name}", images[caption.image_id], split))
+    pairs = tmp_path / "pairs.csv"
+    with pairs.open("w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows([("audio", "image", "split"), *rows])
+    assert import_corpus(pairs, tmp_path / "mine", progress=False).ok
+    index = make_index(tmp_path / "pictures")
+    every = trials_of_pairs(index, retriever, pairs)
+    held_out = trials_of_pairs(index, retriever, pairs, tmp_path / "mine")
+    assert held_out.rank.tolist() == every.rank[2::4].tolist()
+    assert held_out.source == "5 pairs of pairs.csv in the test split of mine"
+    with pytest.raises(InputError, match=r"sources\.json: does not say where"):
+        trials_of_pairs(index, retriever, pairs, smoke_corpus)
 
 
 @pytest.mark.parametrize(
