@@ -153,7 +153,7 @@ def _usable(
     """The pairs whose media were converted and which agree with the earlier ones, and the rest."""
     kept: list[Pair] = []
     bad = list(pairs.problems)
-    spoken: dict[str, str] = {}  # a recording's file: the place of its pair
+    spoken: dict[str, Pair] = {}  # a recording's file: the first pair that has it
     stated: dict[str, Pair] = {}  # an image's file: the first pair that states its split
     for pair in pairs.pairs:
         try:
@@ -168,11 +168,13 @@ def _usable(
                         f"image {shown(pair.image)} is in {first.split} by {first.place}; one "
                         "picture is in one split: mend one of the two"
                     )
-            place = spoken.setdefault(sound, pair.place)
-            if place != pair.place:
+            other = spoken.setdefault(sound, pair)
+            if other is not pair:
+                twice = f"is the recording of {other.place} too"
+                if pair.audio != other.audio:
+                    twice = f"holds the same sound as {shown(other.audio)} of {other.place}"
                 raise BadEntry(
-                    f"audio {shown(pair.audio)} is the recording of {place} too; give each pair "
-                    "its own or remove one"
+                    f"audio {shown(pair.audio)} {twice}; give each pair its own or remove one"
                 )
         except BadEntry as error:
             bad.append(Problem(pairs.file, pair.place, str(error)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from cmdlab.reporting.numbers import duration, number
+from cmdlab.reporting.numbers import ABSENT, duration, number
 from cmdlab.reporting.page import (
     Column,
     Figure,
@@ -122,13 +122,16 @@ def _found_table(worth: Worth) -> Table:
 
 
 def _looked(worth: Worth) -> Markup:
-    median = f"{worth.median_rank:,.0f}" if math.isfinite(worth.median_rank) else "not found"
+    if math.isfinite(worth.median_rank):
+        half = f"half of the queries have theirs by place {worth.median_rank:,.0f}"
+    else:
+        half = "half of the queries do not find theirs"
     return paragraph(
-        "With the search {} pictures are looked at until the right one ({}), half of the queries "
-        "being done by the place: {}. Leafing through in no order takes {} on average.",
+        "With the search {} pictures are looked at on average until the right one ({}); {}. "
+        "Leafing through in no order takes {} on average.",
         number(worth.looked_at.mean),
         _range(worth.looked_at, number),
-        median,
+        half,
         number(worth.leafed_through),
     )
 
@@ -189,19 +192,21 @@ def _cost_table(worth: Worth, price: float, currency: str) -> Table:
     rows = []
     for searches in SEARCHES:
         hours = searches * worth.seconds_saved.mean / 3600
-        dear = f"{price / hours:,.2f} {currency}" if hours > 0 else "no hour is saved"
-        saved = f"{hours:,.1f} h" if hours > 0 else "none"
-        rows.append(Row([f"{searches:,}", saved, f"{price / searches:,.4f} {currency}", dear]))
+        shown = worth.seconds_saved.low > 0
+        dear = f"{price / hours:,.2f}" if shown else ABSENT
+        saved = f"{hours:,.1f} h" if shown else "not shown"
+        rows.append(Row([f"{searches:,}", saved, f"{price / searches:,.4f}", dear]))
     return Table(
         "cost-table",
-        "The cost of one hour of training, by how often it is made use of.",
+        f"The cost of one hour of training in {currency}, by how often it is made use of.",
         [
             Column("Searches"),
             Column("time saved"),
-            Column("cost a search"),
-            Column("cost an hour saved"),
+            Column("a search"),
+            Column("an hour saved"),
         ],
         rows,
+        "Time counts as saved where its interval leaves out zero.",
     )
 
 
@@ -214,7 +219,7 @@ def _limits(worth: Worth) -> Markup:
             "People who know the picture describe it better than people who look for one like it.",
             "What was said on the page is what somebody cared to say: searches that were given up "
             "without a word are not in it.",
-            f"{worth.not_found:,} queries were said to have found nothing.",
+            *[f"{n:,} queries were said to have found nothing." for n in [worth.not_found] if n],
             "The time of a look at a picture is stated by the user of this sheet, not measured.",
         ]
     )

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,10 @@ BAD_LINES = {
     "unknown split": ({"split": "exam"}, "split 'exam' is none of train, val, test; mend it"),
     "two splits": ({"image": "pictures/p 0.jpg", "split": "val"}, "is in train by line 2; one"),
     "recording twice": ({"audio": "recordings/é0.wav"}, "is the recording of line 2 too"),
+    "copy of a recording": (
+        {"audio": "recordings/copy.wav"},
+        "'recordings/copy.wav' holds the same sound as 'recordings/é0.wav' of line 2; give each",
+    ),
 }
 
 
@@ -221,6 +226,7 @@ BAD_LINES = {
 def test_a_bad_line_is_named_and_can_be_left_out(source, tmp_path, capsys, case):
     pairs, rows = source
     changes, message = BAD_LINES[case]
+    shutil.copy(pairs.parent / "recordings/é0.wav", pairs.parent / "recordings/copy.wav")
     rows[0]["split"] = "train"
     rows[7] |= changes
     write_pairs(pairs, rows[:12], "audio,image,text,speaker,split")

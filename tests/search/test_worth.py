@@ -264,9 +264,20 @@ def test_the_sheet_opens_offline_with_its_text_escaped(said, tmp_path):
     headings = [heading.text for heading in page.find_all("h2")]
     assert any("Cost" in heading for heading in headings)
     cells = [cell.text for cell in page.select("#cost-table td")]
-    assert "0.0250 <b>EUR</b>" in cells  # 2.5 over a hundred searches
+    assert "0.0250" in cells  # 2.5 over a hundred searches
+    assert "in <b>EUR</b>" in page.select_one("#cost-table").text
     write_worth(said, None, sheet, price=2.5, currency="<b>EUR</b>", seconds_per_picture=1.5)
     assert sheet.read_bytes() == first
+
+
+@pytest.mark.parametrize(("ranks", "saved"), [([1, 2, 3], "5.5 h"), ([1, 380, None], "not shown")])
+def test_time_that_is_not_shown_to_be_saved_has_no_price(said, tmp_path, ranks, saved):
+    for number, rank in enumerate(ranks):
+        log_verdict(said.folder, Verdict("typed", 1.5, 400, rank, f"{number}.png"))
+    write_worth(said, None, tmp_path / "worth.html", price=2.5)
+    page = BeautifulSoup((tmp_path / "worth.html").read_bytes(), "html.parser")
+    first = page.select_one("#cost-table tbody tr")
+    assert first.find("td").text == saved
 
 
 def test_without_a_price_nothing_is_said_of_cost(said, tmp_path):
