@@ -1,6 +1,6 @@
 """Spoken-image corpora: one Corpus type, generated, released or made of own pairs."""
 
-from cmdlab.corpora.audio import SAMPLE_RATE, degrade, read_audio, read_speech
+from cmdlab.corpora.audio import SAMPLE_RATE, caption_seed, degrade, read_audio, read_speech
 from cmdlab.corpora.check import check_corpus, leave_out_unreadable, load_usable
 from cmdlab.corpora.content_hash import content_hash
 from cmdlab.corpora.corpus import SPLITS, Caption, Corpus, Image
@@ -40,6 +40,7 @@ __all__ = [
     "UntrustedFolder",
     "Utterance",
     "bytes_of",
+    "caption_seed",
     "check_corpus",
     "content_hash",
     "corpus_ceiling",

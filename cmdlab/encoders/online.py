@@ -16,7 +16,7 @@ import soundfile
 import torch
 from torch import Tensor, nn
 
-from cmdlab.corpora import Corpus
+from cmdlab.corpora import Corpus, caption_seed
 from cmdlab.encoders.encoder import Description, Hearing
 from cmdlab.encoders.encoding import Encoder, fingerprint, read_inputs
 
@@ -27,8 +27,8 @@ class OnlineSpeech:
     """The tokens of a corpus' captions, as `FeatureStore` has them, computed at each request.
 
     crop: samples that are heard of a longer caption, from a random place on, as SpeechCLIP does in
-    training; the place depends on the captions that are asked for together, so a run that is
-    continued hears the same. None hears all.
+    training; None hears all. The place depends on the caption's id and on the `seed` it is asked
+    for with, so it is the same for any number of processes and in a run that is continued.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class OnlineSpeech:
         self._network = encoder.open(device, dtype)
         self._dtype = dtype
         self._pool = ThreadPoolExecutor(os.cpu_count())
-        self._ahead: dict[tuple[int, ...], list[Future[Tensor]]] = {}
+        self._ahead: dict[tuple[int, ...], list[Future[Tensor]]] = {}  # by seed and items
 
     def __len__(self) -> int:
         return len(self._captions)
@@ -72,20 +72,16 @@ class OnlineSpeech:
         seconds = np.array([soundfile.info(one.audio).duration for one in self._captions])
         return torch.from_numpy(seconds * (self.description.tokens_per_second or 0)).long()
 
-    def read_ahead(self, items: Sequence[int]) -> None:
+    def read_ahead(self, items: Sequence[int], seed: int = 0) -> None:
         """Begin to read what the next `tokens` will ask for."""
-        key = tuple(items)
-        self._ahead[key] = [self._pool.submit(self._read, i) for i in key]
+        self._ahead[(seed, *items)] = [self._pool.submit(self._read, i, seed) for i in items]
 
-    def tokens(self, items: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def tokens(self, items: Sequence[int], seed: int = 0) -> tuple[Tensor, Tensor]:
         """float32 [layers, all tokens, width] on the device, item after item; int64 [items]."""
-        key = tuple(items)
+        key = (seed, *items)
         if key not in self._ahead:
-            self.read_ahead(key)
+            self.read_ahead(items, seed)
         sounds = [future.result() for future in self._ahead.pop(key)]
-        if self._crop is not None:
-            rng = np.random.default_rng(key)
-            sounds = [_crop(sound, self._crop, rng) for sound in sounds]
         states: dict[int, Tensor] = {}
         for chosen in _batches([len(sound) for sound in sounds]):
             lengths = torch.tensor([len(sounds[i]) for i in chosen], device=self._device)
@@ -102,13 +98,14 @@ class OnlineSpeech:
         counts = torch.tensor([state.shape[1] for state in ragged])
         return torch.cat(ragged, 1).float(), counts
 
-    def _read(self, item: int) -> Tensor:
-        return read_inputs(self.encoder, [self._captions[item]], self._hearing)[0]
-
-
-def _crop(sound: Tensor, samples: int, rng: np.random.Generator) -> Tensor:
-    first = int(rng.integers(0, max(0, len(sound) - samples) + 1))
-    return sound[first : first + samples]
+    def _read(self, item: int, seed: int) -> Tensor:
+        caption = self._captions[item]
+        (sound,) = read_inputs(self.encoder, [caption], self._hearing)
+        if self._crop is None or len(sound) <= self._crop:
+            return sound
+        random = np.random.default_rng(caption_seed(caption.id, seed))
+        first = int(random.integers(len(sound) - self._crop + 1))
+        return sound[first : first + self._crop]
 
 
 def _batches(lengths: list[int]) -> list[list[int]]:

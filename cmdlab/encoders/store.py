@@ -59,8 +59,11 @@ class FeatureStore:
     def description(self) -> Description:
         return self.encoder.description
 
-    def tokens(self, items: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """float32 [layers, all tokens, width], item after item, and int64 lengths [items]."""
+    def tokens(self, items: Sequence[int], seed: int = 0) -> tuple[Tensor, Tensor]:
+        """float32 [layers, all tokens, width], item after item, and int64 lengths [items].
+
+        `seed` is for what `OnlineSpeech` draws; what is stored is always the same.
+        """
         lengths = self.lengths[torch.as_tensor(items)]
         states = np.empty((int(lengths.sum()), self.layers, self.width), np.float16)
         begin = 0

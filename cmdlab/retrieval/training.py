@@ -176,8 +176,7 @@ def train(
         )
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-    # torch's generators read the low 32 bits of a seed alone: the high ones are folded in.
-    seed = training.seed ^ (training.seed >> 32)
+    seed = _folded(training.seed)
     torch.manual_seed(seed)
     model = RetrievalModel(shape).to(device)
     patches = int(train_features.image.lengths.max())
@@ -217,17 +216,18 @@ def train(
         started = time.perf_counter()
         for group in optimiser.param_groups:
             group["lr"] = _learning_rate(step, training)
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**64)
         if isinstance(train_features.speech, OnlineSpeech) and step + 1 < last:
             following = _captions_of_step(step + 1, training, train_features)
-            train_features.speech.read_ahead(_share(following, training, trained).tolist())
+            train_features.speech.read_ahead(
+                _share(following, training, trained).tolist(), _seed_of_step(step + 1, training)
+            )
         optimiser.zero_grad(set_to_none=True)
         losses = _backward(
             trained,
             training,
             train_features,
             _captions_of_step(step, training, train_features),
-            generator,
+            _seed_of_step(step, training),
             device,
         )
         if not math.isfinite(losses.total.item()):
@@ -274,21 +274,22 @@ def _backward(
     training: Training,
     features: Features,
     captions: Tensor,
-    generator: torch.Generator,
+    seed: int,
     device: str,
 ) -> Losses:
     """The losses of the captions of a step, whose gradients are left in the parameters."""
+    generator = torch.Generator().manual_seed(seed)
     model, denoisers, competitor = trained.model, trained.denoisers, trained.competitor
     precision = torch.bfloat16 if training.precision == "bfloat16" else None
     own = _share(captions, training, trained)
     if _is_shared(training):
-        loaded = make_batch(features, own, "cpu" if training.chunk else device)
+        loaded = make_batch(features, own, "cpu" if training.chunk else device, seed)
         return backward_in_shares(
             *(model, denoisers, loaded, len(captions), training.weight, generator),
             chunk=training.chunk,
             precision=precision,
         )
-    batch = make_batch(features, own, device)
+    batch = make_batch(features, own, device, seed)
     with torch.autocast(batch.states.device.type, precision, enabled=precision is not None):
         losses = (
             training_losses(model, denoisers, batch, training.weight, generator)
@@ -321,9 +322,12 @@ def _make_competitor(training: Training, model: RetrievalModel) -> Ranker | Mome
     return None
 
 
-def make_batch(features: Features, captions: Tensor, device: str) -> Batch:
-    """The captions (int64 [N], rows of `features.speech`) and their images, on the device."""
-    states, lengths = features.speech.tokens(captions.tolist())
+def make_batch(features: Features, captions: Tensor, device: str, seed: int = 0) -> Batch:
+    """The captions (int64 [N], rows of `features.speech`) and their images, on the device.
+
+    `seed` decides what is heard of long captions where speech is encoded online.
+    """
+    states, lengths = features.speech.tokens(captions.tolist(), seed)
     images = features.image_index[captions]
     patches = features.image.patches(images.tolist())
     batch = Batch(states, lengths, patches, features.image.embeddings[images], images)
@@ -456,6 +460,15 @@ def _batches_of_epoch(training: Training, features: Features) -> tuple[int, int]
     """The captions of a batch, and how many batches an epoch has."""
     size = min(training.batch_size, len(features.speech))
     return size, len(features.speech) // size
+
+
+def _seed_of_step(step: int, training: Training) -> int:
+    return (_folded(training.seed) * 1_000_003 + step) % 2**64
+
+
+def _folded(seed: int) -> int:
+    """torch's generators read the low 32 bits of a seed alone: the high ones are folded in."""
+    return seed ^ (seed >> 32)
 
 
 def _captions_of_step(step: int, training: Training, features: Features) -> Tensor:

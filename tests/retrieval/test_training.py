@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmdlab.encoders import Features
+from cmdlab.encoders import SPEECH, Features, Hearing, OnlineSpeech
 from cmdlab.errors import InputError
 from cmdlab.evaluation import retrieval_metrics
 from cmdlab.experiment.run import inference_cost
@@ -87,6 +87,30 @@ def test_stopped_and_continued_it_ends_as_if_it_had_not_been(run, arm, tmp_path)
     for i, state in optimisers[0].items():
         assert all(torch.equal(value, optimisers[1][i][name]) for name, value in state.items())
     assert_same(run(training, checkpoint=resumed), whole)  # nothing is left to do
+
+
+def test_each_step_hears_crops_of_its_own_and_a_continued_run_the_same(smoke_data, tmp_path):
+    seeds = []
+
+    class Heard(OnlineSpeech):
+        def tokens(self, items, seed=0):
+            seeds.append(seed)
+            return super().tokens(items, seed)
+
+    def continued(**options: object) -> Trained:
+        corpus = smoke_data.train.corpus
+        speech = Heard(corpus, SPEECH, Hearing(), "cpu", crop=8_000)
+        features = replace(smoke_data.train, speech=speech)
+        trained = train(training, features, smoke_data.validation, **options)
+        assert not speech._ahead  # nothing was read in vain
+        return trained
+
+    torch.set_num_threads(1)
+    training = replace(CONTRASTIVE, steps=4, validate_every=2)
+    whole = continued()
+    assert len(set(seeds)) == 4
+    continued(checkpoint=tmp_path / "resumed.pt", stop_after=3)
+    assert_same(continued(checkpoint=tmp_path / "resumed.pt"), whole)
 
 
 @pytest.mark.parametrize("method", ["matching", "queue", "dense"])
