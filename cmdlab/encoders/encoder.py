@@ -12,9 +12,9 @@ Kind = Literal["images", "speech", "text"]
 class Description:
     """What others may know of an encoder, whichever it is.
 
-    A speech encoder gives `tokens_per_second`; an image encoder the rows and columns of its patches
-    (`grid`), which lie over the middle square of a picture, and where it takes squares of one size
-    alone, their `side`.
+    A speech encoder gives `tokens_per_second` and, in samples, the `shortest` clip that it takes;
+    an image encoder the rows and columns of its patches (`grid`), which lie over the middle square
+    of a picture, and where it takes squares of one size alone, their `side`.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Description:
     takes: str  # in words
     licence: str  # of the weights
     tokens_per_second: float | None = None
+    shortest: int = 0
     grid: tuple[int, int] | None = None
     side: int | None = None  # pixels
 

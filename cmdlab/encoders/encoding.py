@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cmdlab.corpora import Caption, Image, read_image, read_speech
+from cmdlab.corpora import SAMPLE_RATE, Caption, Image, read_image, read_speech
 from cmdlab.encoders.encoder import Description, Encoded, Hearing, Kind
 from cmdlab.encoders.tiny import WEIGHTS, TinyTextEncoder
 from cmdlab.encoders.weight_files import weights_sha256
@@ -185,7 +185,9 @@ def encode(
     Raises InputError for media that cannot be read, and for what the encoder does not take, saying
     which encoders do.
     """
-    return compute(encoder, read_inputs(encoder, items, hearing), device)
+    inputs = read_inputs(encoder, items, hearing)
+    refuse_short(encoder, items, inputs)
+    return compute(encoder, inputs, device)
 
 
 def read_inputs(encoder: Encoder, items: Items, hearing: Hearing) -> list[Tensor]:
@@ -203,6 +205,18 @@ def read_inputs(encoder: Encoder, items: Items, hearing: Hearing) -> list[Tensor
     if encoder.kind == "text":
         return [_words(encoder, caption) for caption in items]  # type: ignore[arg-type]
     return [torch.from_numpy(_sound(caption, hearing)) for caption in items]  # type: ignore[arg-type]
+
+
+def refuse_short(encoder: Encoder, items: Items, inputs: Sequence[Tensor]) -> None:
+    """Raises InputError for the first of what `read_inputs` gave that the encoder cannot take: a
+    clip that is too short for one token. It names the file, which the network does not know."""
+    shortest = encoder.description.shortest
+    for item, sound in zip(items, inputs, strict=True):
+        if isinstance(item, Caption) and len(sound) < shortest:
+            raise InputError(
+                f"{item.audio}: lasts {1e3 * len(sound) / SAMPLE_RATE:.3g} ms, and {encoder} takes "
+                f"{1e3 * shortest / SAMPLE_RATE:.3g} ms or more; replace it or remove its entry"
+            )
 
 
 def compute(encoder: Encoder, inputs: list[Tensor], device: str = "cpu") -> list[Encoded]:

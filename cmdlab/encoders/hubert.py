@@ -92,9 +92,9 @@ class SpeechEncoder(nn.Module):
         self.transformer = model.encoder.transformer
         self.epsilon = epsilon
         self.eval().requires_grad_(False)
-        self.shortest = 1  # samples that one token is made of
+        shortest = 1  # samples that one token is made of
         for block in reversed(self.convolutions):
-            self.shortest = (self.shortest - 1) * block.stride + block.kernel_size
+            shortest = (shortest - 1) * block.stride + block.kernel_size
         self.description = Description(
             name=name,
             kind="speech",
@@ -104,6 +104,7 @@ class SpeechEncoder(nn.Module):
             takes="speech at 16 kHz",
             licence=CHECKPOINTS[name].licence,
             tokens_per_second=SAMPLING_RATE / math.prod(b.stride for b in self.convolutions),
+            shortest=shortest,
         )
 
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,10 +115,10 @@ class SpeechEncoder(nn.Module):
         last has the final layer norm where the model has one. Tokens after a length are zero.
         Raises InputError for a clip that is too short for one token.
         """
-        if int(lengths.min()) < self.shortest:
+        if int(lengths.min()) < self.description.shortest:
             raise InputError(
                 f"a clip has {int(lengths.min())} samples, and {self.description.name} takes "
-                f"{self.shortest} or more; leave it out"
+                f"{self.description.shortest} or more; leave it out"
             )
         x, tokens = self._convolve(self._normalised(waveforms, lengths), lengths)
         x = self.projection(x.transpose(1, 2))  # [batch, tokens, width]

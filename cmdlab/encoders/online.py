@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cmdlab.corpora import Corpus, caption_seed
 from cmdlab.encoders.encoder import Description, Hearing
-from cmdlab.encoders.encoding import Encoder, fingerprint, read_inputs
+from cmdlab.encoders.encoding import Encoder, fingerprint, read_inputs, refuse_short
 
 SAMPLES = 64 * 102_400  # encoded at once, padding counted: 64 clips of SpeechCLIP's 6.4 s
 
@@ -100,7 +100,8 @@ class OnlineSpeech:
 
     def _read(self, item: int, seed: int) -> Tensor:
         caption = self._captions[item]
-        (sound,) = read_inputs(self.encoder, [caption], self._hearing)
+        (sound,) = inputs = read_inputs(self.encoder, [caption], self._hearing)
+        refuse_short(self.encoder, [caption], inputs)
         if self._crop is None or len(sound) <= self._crop:
             return sound
         random = np.random.default_rng(caption_seed(caption.id, seed))

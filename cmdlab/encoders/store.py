@@ -27,7 +27,15 @@ from tqdm import tqdm
 
 from cmdlab.corpora import Caption, Corpus, Image, worker_pool
 from cmdlab.encoders.encoder import Description, Encoded, Hearing
-from cmdlab.encoders.encoding import Encoder, Items, compute, encode, fingerprint, read_inputs
+from cmdlab.encoders.encoding import (
+    Encoder,
+    Items,
+    compute,
+    encode,
+    fingerprint,
+    read_inputs,
+    refuse_short,
+)
 from cmdlab.errors import InputError
 
 CHUNK = 250  # items, or fewer where they are large
@@ -218,6 +226,7 @@ def _build(parts: list[_Part], done: int, hearing: Hearing, processes: int, devi
                     bar.update(future.result())
             else:
                 for part, inputs in _read_ahead(pool, parts, hearing, 2 * processes):
+                    refuse_short(part.encoder, part.items, inputs)
                     bar.update(_write(part, compute(part.encoder, inputs, device)))
         finally:
             pool.shutdown(cancel_futures=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 import torchaudio
 from hypothesis import given, settings
@@ -23,7 +24,8 @@ from transformers import (
     WavLMModel,
 )
 
-from cmdlab.encoders import hubert
+from cmdlab.corpora import Caption, Corpus
+from cmdlab.encoders import Encoder, Hearing, OnlineSpeech, encode, hubert, open_stores
 from cmdlab.encoders.hubert import CHECKPOINTS, SpeechEncoder, open_hubert
 from cmdlab.errors import InputError
 
@@ -215,7 +217,7 @@ def test_the_published_sizes(name, layers, width):
     about = encoder.description
     assert (about.kind, about.layers, about.width) == ("speech", layers, width)
     assert about.tokens_per_second == 50
-    assert encoder.shortest == 400
+    assert about.shortest == 400
     assert not encoder.training
     assert not any(weight.requires_grad for weight in encoder.parameters())
 
@@ -251,6 +253,25 @@ def test_a_clip_without_a_token_is_refused(encoders):
     encoder = encoders["hubert-base"]
     with pytest.raises(InputError, match="29 samples, and hubert-base takes 30 or more"):
         encoder(torch.zeros(2, 100), torch.tensor([100, SHORTEST - 1]))
+
+
+def test_a_recording_without_a_token_is_refused_by_its_name(folders, tmp_path):
+    encoder = Encoder("hubert-base", str(folders["hubert-base"]))
+    hearing = Hearing(snr_db=None, reverberation=False)
+    file = tmp_path / "blip.wav"
+    captions = []
+    for samples, audio in ((SHORTEST, tmp_path / "short.wav"), (SHORTEST - 1, file)):
+        soundfile.write(audio, torch.full((samples,), 0.1).numpy(), 16_000)
+        captions.append(Caption(audio.name, "image", audio, "", ""))
+    corpus = Corpus("two", tmp_path, "train", (), tuple(captions), "0" * 64)
+    message = rf"{file}: lasts 1\.81 ms, and hubert-base takes 1\.88 ms or more; replace it or"
+    assert len(encode(encoder, captions[:1], hearing)[0].tokens) == 1
+    with pytest.raises(InputError, match=message):
+        encode(encoder, captions, hearing)
+    with pytest.raises(InputError, match=message):  # as on a GPU
+        open_stores([(corpus, encoder)], tmp_path, hearing=hearing, workers=1, device="cpu:0")
+    with pytest.raises(InputError, match=message):
+        OnlineSpeech(corpus, encoder, hearing, "cpu").tokens([0, 1])
 
 
 @pytest.mark.parametrize(
