@@ -16,6 +16,7 @@ from cmdlab.encoders.encoding import (
 from cmdlab.encoders.features import Features
 from cmdlab.encoders.online import OnlineSpeech
 from cmdlab.encoders.store import FeatureStore, open_stores
+from cmdlab.encoders.weight_files import weights_sha256
 
 __all__ = [
     "IMAGE",
@@ -35,4 +36,5 @@ __all__ = [
     "open_stores",
     "untrained",
     "weights_of",
+    "weights_sha256",
 ]

@@ -71,6 +71,7 @@ def read_sweep(
             "notebook": notebook.sha256,
             "source": source,
             "corpus": contents[point.get("corpus"), point.get("skip_bad", False)],
+            "weights": _weights_hashes(file, point),
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         cells.append(
@@ -223,3 +224,17 @@ def _corpus_hash(file: Path, corpus: Any, skip_bad: bool) -> str | None:
     if Path(corpus, "corpus.json").exists():
         return read_identity(UntrustedFolder(Path(corpus), skip_bad=False))[1]
     return load_corpus(Path(corpus), "test").content_hash
+
+
+def _weights_hashes(file: Path, point: Mapping[str, Any]) -> dict[str, str]:
+    """The hash of each file or folder that a parameter named as `speech_weights` names."""
+    from cmdlab.encoders import weights_sha256
+
+    hashes = {}
+    for name, value in point.items():
+        if name.endswith("_weights") and isinstance(value, str) and value:
+            try:
+                hashes[name] = weights_sha256(Path(value))
+            except InputError as error:
+                raise InputError(f"{file}: {name}: {error}") from error
+    return hashes

@@ -25,32 +25,7 @@ from cmdlab.sweeps.engines import choose_engine, run_on_node
 from cmdlab.sweeps.files import read_sweep
 from cmdlab.sweeps.run import run_sweep
 
-RECALLS = {"R@1": 20.0, "R@5": 50.0, "R@10": 60.0}
-DIRECTION = RECALLS | {
-    "optimistic_R@1": 21.0, "median_rank": 5, "MRR": 0.3, "queries": 50, "gallery": 10
-}  # fmt: skip
-METRICS = {"speech_to_image": DIRECTION, "image_to_speech": DIRECTION, "mean_R@1": 20.0}
-ENCODER = {"name": "none", "sha256": "0"}
-RESULT = {
-    "metrics": {"validation": METRICS, "test": METRICS},
-    "ceiling": None,
-    "text_ceiling": None,
-    "learning_curve": [],
-    "cost": {
-        "trainable_parameters": 10,
-        "denoiser_parameters": 0,
-        "inference_parameters": 10,
-        "inference_flops": None,
-        "inference_ms": None,
-        "training_seconds": 1.5,
-        "steps": 1,
-        "peak_memory_bytes": None,
-    },
-    "alignment": None,
-    "corpus": {"name": "none", "content_hash": "0", "gallery": 10, "captions": 50},
-    "encoders": {"image": ENCODER, "speech": ENCODER},
-    "determinism": {"seed": 1, "threads": 1, "deterministic_algorithms": True},
-}
+RESULT = Path(__file__).with_name("result.json").read_text()  # of a cell that ran
 
 PARAMETERS = """
 seed: int = 0
@@ -70,7 +45,7 @@ if behaviour == "compute":
     sum(range(10**15))
 while behaviour == "wait" and not (runs / "go").exists():
     time.sleep(0.05)
-result = json.loads({json.dumps(json.dumps(RESULT))})
+result = json.loads({RESULT!r})
 result["determinism"]["threads"] = int(os.environ["OMP_NUM_THREADS"])
 result["metrics"]["test"]["mean_R@1"] = float(seed)
 pathlib.Path(run_folder, "result.json").write_text(json.dumps(result))

@@ -16,6 +16,7 @@ import nbformat
 import pytest
 import yaml
 
+from cmdlab.cli import main
 from cmdlab.errors import InputError
 from cmdlab.records.records import load_records
 from cmdlab.sweeps.cells import run_cell
@@ -23,49 +24,7 @@ from cmdlab.sweeps.files import read_sweep
 from cmdlab.sweeps.notebooks import NotebookError, read_notebook, run_notebook
 from cmdlab.sweeps.run import run_sweep
 
-DIRECTION = {
-    "R@1": 20.0,
-    "R@5": 50.0,
-    "R@10": 60.0,
-    "optimistic_R@1": 21.0,
-    "median_rank": 5,
-    "MRR": 0.3,
-    "queries": 50,
-    "gallery": 10,
-}
-METRICS = {"speech_to_image": DIRECTION, "image_to_speech": DIRECTION, "mean_R@1": 20.0}
-RESULT = {
-    "metrics": {"validation": METRICS, "test": METRICS},
-    "ceiling": None,
-    "text_ceiling": None,
-    "learning_curve": [
-        {
-            "step": 0,
-            "loss": 2.0,
-            "contrastive": 2.0,
-            "denoising": None,
-            "temperature": 0.07,
-            "validation_mean_R@1": None,
-        }
-    ],
-    "cost": {
-        "trainable_parameters": 10,
-        "denoiser_parameters": 0,
-        "inference_parameters": 10,
-        "inference_flops": None,
-        "inference_ms": None,
-        "training_seconds": 1.5,
-        "steps": 1,
-        "peak_memory_bytes": None,
-    },
-    "alignment": None,
-    "corpus": {"name": "none", "content_hash": "0", "gallery": 10, "captions": 50},
-    "encoders": {
-        "image": {"name": "none", "sha256": "0"},
-        "speech": {"name": "none", "sha256": "0"},
-    },
-    "determinism": {"seed": 1, "threads": 1, "deterministic_algorithms": True},
-}
+RESULT = Path(__file__).with_name("result.json").read_text()  # of a cell that ran
 
 PARAMETERS = """
 from typing import Literal
@@ -90,7 +49,7 @@ if behaviour == "raise":
     raise ValueError("the loss is not finite")
 if behaviour == "die":
     os._exit(3)
-result = json.loads({json.dumps(json.dumps(RESULT))})
+result = json.loads({RESULT!r})
 result["metrics"]["test"]["mean_R@1"] = weight + seed
 if behaviour != "silent":
     pathlib.Path(run_folder, "result.json").write_text(json.dumps(result))
@@ -260,6 +219,37 @@ def test_what_makes_a_cell_another_cell(tmp_path):
         read_sweep(file)
 
 
+def test_other_weights_make_another_cell(tmp_path):
+    write_notebook(tmp_path / "cell.ipynb", PARAMETERS + 'speech_weights: str = ""\n')
+    weights = tmp_path / "weights.safetensors"
+    file = write_sweep(tmp_path, fixed={"speech_weights": str(weights)})
+    with pytest.raises(InputError, match=rf"{file}: speech_weights: {weights}: cannot be read"):
+        read_sweep(file)
+    found = []
+    for content in (b"trained", b"trained on", b"trained"):
+        weights.write_bytes(content)
+        found.append(ids(file)["one", 1])
+    assert found[0] == found[2] != found[1]
+    assert ids(write_sweep(tmp_path))["one", 1] not in found
+
+
+def test_a_parameter_of_the_command_line_replaces_that_of_every_cell(tmp_path, capsys):
+    arms = {"shallow": {"depth": 1, "weight": 2}, "deep": {"depth": 2}}
+    file, runs = write_sweep(tmp_path, arms=arms, seeds=[3]), tmp_path / "runs"
+    command = ["sweep", str(file), "--runs", str(runs)]
+    assert main([*command, "-p", "wieght=5"]) == 2
+    assert "no parameter 'wieght' (did you mean 'weight'?)" in capsys.readouterr().err
+    assert not runs.exists()
+    assert main([*command, "-p", "weight=5", "-p", "direction=speech"]) == 0
+    done = {run.record["arm"]: run.record for run in load_records([runs]).done}
+    given = {
+        (p["depth"], p["weight"], p["direction"])
+        for p in (record["parameters"] for record in done.values())
+    }
+    assert given == {(1, 5.0, "speech"), (2, 5.0, "speech")}
+    assert {one["metrics"]["test"]["mean_R@1"] for one in done.values()} == {8.0}  # 5 + seed
+
+
 def test_a_sweep_goes_on_after_failures_and_resumes_what_ran(tmp_path, capsys):
     plan = {
         "arms": {
@@ -340,7 +330,7 @@ ODD_BODY = f"""
 import json, pathlib
 assert (names, sizes) == ({{1: "one"}}, (1, 2)), (names, sizes)
 pathlib.Path(run_folder, "table.json").write_text(json.dumps(table))
-pathlib.Path(run_folder, "result.json").write_text({json.dumps(json.dumps(RESULT))})
+pathlib.Path(run_folder, "result.json").write_text({RESULT!r})
 """
 
 
