@@ -23,6 +23,7 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from cmdlab.corpora.audio import SAMPLE_RATE
 
@@ -285,16 +286,39 @@ def _time_words(
 def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
     """int16 [samples] at `rate` to int16 at 16 kHz, by a polyphase filter.
 
-    The filter's taps are integers, so every sum is exact and no order of summing changes it.
+    The filter's taps are whole multiples of 2^-16, so every sum is exact and no order of summing
+    changes it. scipy.signal.upfirdn gives the same, and takes twice as long as small matrices.
     """
-    from scipy.signal import upfirdn
-
-    divisor = np.gcd(SAMPLE_RATE, rate)
+    divisor = int(np.gcd(SAMPLE_RATE, rate))
     up, down = SAMPLE_RATE // divisor, rate // divisor
-    filtered = upfirdn(_taps(up, down), samples.astype(np.float64), up, down)
     length = -(-len(samples) * up // down)
-    centred = filtered[_CROSSINGS : _CROSSINGS + length]  # the filter's delay is whole samples
-    return np.clip(np.rint(centred / _TAP_UNIT), -32768, 32767).astype(np.int16)
+    blocks = -(-length // up)  # of `up` samples, each made from `down` and their neighbours
+    groups = _groups(up, down)
+    before = -min(start for start, _ in groups)
+    padded = np.zeros(before + (blocks - 1) * down + max(s + len(taps) for s, taps in groups))
+    padded[before : before + len(samples)] = samples
+    parts = []
+    for start, taps in groups:
+        heard = as_strided(padded[before + start :], (blocks, len(taps)), (8 * down, 8))
+        parts.append(heard @ taps)
+    resampled = np.rint(np.concatenate(parts, 1).ravel()[:length])
+    return resampled.clip(-32768, 32767, out=resampled).astype(np.int16)
+
+
+@cache
+def _groups(up: int, down: int) -> list[tuple[int, np.ndarray]]:
+    """For 16 and 16 samples of a block of `up` new ones: where those begin that they are made of,
+    and the taps, float64 [made of, 16]."""
+    taps = _taps(up, down)
+    groups = []
+    for first in range(0, up, 16):
+        made = np.arange(first, min(first + 16, up))
+        at = (made + _CROSSINGS) * down  # the filter's delay is whole samples
+        start, end = -((len(taps) - 1 - at[0]) // up), at[-1] // up + 1
+        tap = at - np.arange(start, end)[:, None] * up
+        within = (tap >= 0) & (tap < len(taps))
+        groups.append((int(start), np.where(within, taps[tap.clip(0, len(taps) - 1)], 0.0)))
+    return groups
 
 
 _CROSSINGS = 8  # zero crossings of the sinc on either side
@@ -306,4 +330,4 @@ def _taps(up: int, down: int) -> np.ndarray:
     from scipy.signal import firwin
 
     taps = firwin(2 * _CROSSINGS * down + 1, 0.94 / down, window=("kaiser", 5.0))
-    return np.rint(taps * up * _TAP_UNIT)
+    return np.rint(taps * up * _TAP_UNIT) / _TAP_UNIT
