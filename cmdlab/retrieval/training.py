@@ -348,17 +348,18 @@ def embed_speech(
     speech: FeatureStore | OnlineSpeech,
     captions: Sequence[int],
     device: str,
-    batch_size: int = 250,
+    batch_size: int = 64,
 ) -> Tensor:
-    """Embeddings of some captions [n, D], float32 on the CPU."""
+    """Embeddings of some captions [n, D], float32 on the CPU; those of like length together."""
     was_training = model.training
     model.eval()
-    parts = []
-    for first in range(0, len(captions), batch_size):
-        states, lengths = speech.tokens(captions[first : first + batch_size])
-        parts.append(model.speech_head(states.to(device), lengths.to(device))[1].cpu())
+    order = speech.lengths[torch.as_tensor(captions)].argsort(stable=True)
+    embeddings = torch.empty(len(captions), model.shape.embedding)
+    for rows in order.split(batch_size):
+        states, lengths = speech.tokens([captions[i] for i in rows.tolist()])
+        embeddings[rows] = model.speech_head(states.to(device), lengths.to(device))[1].cpu()
     model.train(was_training)
-    return torch.cat(parts)
+    return embeddings
 
 
 @torch.inference_mode()
