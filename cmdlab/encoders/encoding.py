@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cmdlab.corpora import SAMPLE_RATE, Caption, Image, read_image, read_speech
 from cmdlab.encoders.encoder import Description, Encoded, Hearing, Kind
-from cmdlab.encoders.tiny import WEIGHTS, TinyTextEncoder
+from cmdlab.encoders.tiny import WEIGHTS, TinyTextEncoder, TinyWordEncoder
 from cmdlab.encoders.weight_files import weights_sha256
 from cmdlab.errors import InputError, nearest
 
@@ -86,13 +86,15 @@ class Encoder:
 class Family:
     """What can be said of an encoder without its weights, and where it is written.
 
-    `takes` tells whether it can take a piece of an item: a picture's (width, height) or a text's
-    word; `read_audio` gives one kind of sound. `opener` is a function of that module, called with
-    the encoder's name and weights. `library` is one that its output depends on beside `LIBRARIES`.
+    `kind` is the side of a pair on which it stands, `reads` what it reads there. `takes` tells
+    whether it can take a piece of an item: a picture's (width, height) or a text's word;
+    `read_audio` gives one kind of sound. `opener` is a function of that module, called with the
+    encoder's name and weights. `library` is one that its output depends on beside `LIBRARIES`.
     """
 
     kind: Kind
-    words: str
+    reads: Literal["pixels", "sound", "words"]
+    takes_in_words: str
     takes: Callable[[Any], bool]
     module: str
     opener: str
@@ -110,16 +112,20 @@ def _anything(_: Any) -> bool:
     return True
 
 
-_HUBERT = Family("speech", "speech at 16 kHz", _anything, "hubert", "open_hubert")
+VOCABULARY = "the words of SpokenScenes"
+_HUBERT = Family("speech", "sound", "speech at 16 kHz", _anything, "hubert", "open_hubert")
 _CLIP = Family(
-    "images", "photographs of any size", _anything, "clip", "open_clip_encoder", "open_clip_torch"
+    *("images", "pixels", "photographs of any size", _anything),
+    *("clip", "open_clip_encoder", "open_clip_torch"),
 )
 FAMILIES = {
     "tiny-image": Family(
-        "images", "64 × 64 pixels", lambda size: size == (64, 64), "tiny", "open_tiny"
+        *("images", "pixels", "64 × 64 pixels", lambda size: size == (64, 64)),
+        *("tiny", "open_tiny"),
     ),
-    "tiny-speech": Family("speech", "speech at 16 kHz", _anything, "tiny", "open_tiny"),
-    "tiny-text": Family("text", "the words of SpokenScenes", _is_known, "tiny", "open_tiny"),
+    "tiny-speech": Family("speech", "sound", "speech at 16 kHz", _anything, "tiny", "open_tiny"),
+    "tiny-words": Family("speech", "words", VOCABULARY, _is_known, "tiny", "open_tiny"),
+    "tiny-text": Family("text", "words", VOCABULARY, _is_known, "tiny", "open_tiny"),
     **dict.fromkeys(("hubert-base", "hubert-large", "wavlm-base-plus", "wavlm-large"), _HUBERT),
     **dict.fromkeys(("clip-vit-b-32", "clip-vit-b-16", "clip-vit-l-14"), _CLIP),
     **dict.fromkeys((f"clip-vit-{size}-laion2b" for size in ("b-32", "b-16", "l-14")), _CLIP),
@@ -141,21 +147,23 @@ def untrained(name: str) -> Any:
     return module.untrained(name).eval().requires_grad_(False)
 
 
-def encoders_for(kind: Kind, pieces: Counter[Any]) -> str:
-    """A line on who takes all these pieces of a corpus, and what hinders the other encoders."""
+def encoders_for(part: str, pieces: Counter[Any]) -> str:
+    """A line on who takes all these pieces of a corpus' part ("images", "speech" or "text"), and
+    what hinders the other encoders."""
+    reads = {"images": "pixels", "speech": "sound", "text": "words"}[part]
     takers, others = [], []
     for name, family in FAMILIES.items():
-        if family.kind != kind:
+        if family.reads != reads:
             continue
         refused = Counter({piece: n for piece, n in pieces.items() if not family.takes(piece)})
         if refused:
             others.append(
-                f"{name} takes {family.words}, and {refused.total():,} of {pieces.total():,} are "
-                f"others, mostly {_shown(refused.most_common(1)[0][0])}"
+                f"{name} takes {family.takes_in_words}, and {refused.total():,} of "
+                f"{pieces.total():,} are others, mostly {_shown(refused.most_common(1)[0][0])}"
             )
         else:
             takers.append(name)
-    return "; ".join([f"encoders for its {kind}: {', '.join(takers) or 'none'}", *others])
+    return "; ".join([f"encoders for its {part}: {', '.join(takers) or 'none'}", *others])
 
 
 def _refusal(name: str, given: str, able: list[str], remedy: str) -> str:
@@ -163,7 +171,7 @@ def _refusal(name: str, given: str, able: list[str], remedy: str) -> str:
     others = f"no encoder here takes it: {remedy}"
     if able:
         others = f"{', '.join(able)} {'takes' if len(able) == 1 else 'take'} it"
-    return f"{name} takes {FAMILIES[name].words}, not {given}; {others}"
+    return f"{name} takes {FAMILIES[name].takes_in_words}, not {given}; {others}"
 
 
 def _takers(kind: Kind, piece: Any) -> list[str]:
@@ -202,7 +210,7 @@ def read_inputs(encoder: Encoder, items: Items, hearing: Hearing) -> list[Tensor
             raise InputError(_refusal(encoder.name, given, able, "give captions or images"))
     if encoder.kind == "images":
         return [_pixels(encoder, image) for image in items]  # type: ignore[arg-type]
-    if encoder.kind == "text":
+    if FAMILIES[encoder.name].reads == "words":
         return [_words(encoder, caption) for caption in items]  # type: ignore[arg-type]
     return [torch.from_numpy(_sound(caption, hearing)) for caption in items]  # type: ignore[arg-type]
 
@@ -275,10 +283,10 @@ def _sound(caption: Caption, hearing: Hearing) -> np.ndarray:
 
 
 def _words(encoder: Encoder, caption: Caption) -> Tensor:
-    network: TinyTextEncoder = encoder.open()
+    network: TinyTextEncoder | TinyWordEncoder = encoder.open()
     unknown = [word for word in caption.text.split() if word not in network.index]
     if unknown:
-        able = _takers("text", unknown[0])
+        able = _takers(encoder.kind, unknown[0])
         reason = _refusal(encoder.name, repr(unknown[0]), able, "use other words")
         raise InputError(f"{caption.id}: {reason}")
     return network.tokenise([caption.text])[0]
@@ -299,7 +307,7 @@ def fingerprint(encoder: Encoder, hearing: Hearing) -> dict[str, Any]:
         "weights": weights_of(encoder),
         "source": hashlib.sha256(source).hexdigest(),
         "versions": {library: importlib.metadata.version(library) for library in libraries},
-        "hearing": asdict(hearing) if encoder.kind == "speech" else None,
+        "hearing": asdict(hearing) if family.reads == "sound" else None,
     }
 
 
@@ -307,8 +315,9 @@ def weights_of(encoder: Encoder) -> str:
     """The SHA-256 of an encoder's weights: of their file, or of what its library has downloaded."""
     if encoder.weights:
         return weights_sha256(Path(encoder.weights))
-    if FAMILIES[encoder.name].module == "tiny":
-        return hashlib.sha256((WEIGHTS / f"{encoder.name}.safetensors").read_bytes()).hexdigest()
+    shipped = WEIGHTS / f"{encoder.name}.safetensors"
+    if shipped.is_file():
+        return hashlib.sha256(shipped.read_bytes()).hexdigest()
     return _hash_of_tensors(encoder)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
+from cmdlab.corpora import vocabulary
 from cmdlab.encoders.encoder import Description
 from cmdlab.encoders.weight_files import read_weights
 from cmdlab.errors import InputError
@@ -232,6 +233,44 @@ class TinySpeechEncoder(nn.Module):
         return states, lengths
 
 
+class TinyWordEncoder(nn.Module):
+    """A caption's words as tokens, in the place of its speech: perfect hearing.
+
+    A token is a random vector of its word and the sinusoids of its place (Vaswani et al. 2017), so
+    it tells which word stands where and nothing else; nothing of it was trained.
+    """
+
+    description = Description(
+        *("tiny-words", "speech", 1, WIDTH, 0, "the words of SpokenScenes", LICENCE)
+    )
+    table: Tensor
+    places: Tensor
+
+    def __init__(self, words: tuple[str, ...], longest: int = 64) -> None:
+        super().__init__()
+        self.index = {word: i for i, word in enumerate(words)}
+        generator = torch.Generator().manual_seed(0)
+        table = torch.randn(len(words), WIDTH, generator=generator)
+        self.register_buffer("table", table)
+        angle = torch.arange(longest)[:, None] / 10_000 ** torch.linspace(0, 1, WIDTH // 2)
+        places = torch.cat((angle.sin(), angle.cos()), 1)
+        self.register_buffer("places", places, persistent=False)
+
+    def forward(self, words: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """words: int64 [batch, longest of them], whatever where padded; lengths: int64 [batch].
+
+        Returns states [batch, 1, words, 128], zero beyond the lengths, and the lengths.
+        """
+        states = self.table[words] + self.places[: words.shape[1]]
+        states = states * ~padding_mask(lengths, words.shape[1])[..., None]
+        return states[:, None], lengths
+
+    def tokenise(self, texts: list[str]) -> Tensor:
+        """Texts to int64 [batch, longest of them]. Raises KeyError for an unknown word."""
+        rows = [torch.tensor([self.index[word] for word in text.split()]) for text in texts]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
 def untrained(name: str) -> nn.Module:
     """The same architecture at random weights, to measure what it takes."""
     return TinyImageEncoder() if name == "tiny-image" else TinySpeechEncoder()
@@ -242,6 +281,8 @@ def open_tiny(name: str, weights: str) -> nn.Module:
 
     Raises InputError for a file that does not hold them.
     """
+    if name == "tiny-words":
+        return TinyWordEncoder(vocabulary())
     file = Path(weights) if weights else WEIGHTS / f"{name}.safetensors"
     tensors = read_weights(file).tensors
     module: nn.Module

@@ -26,10 +26,13 @@ class Aligned:
 
     frames: Tensor  # [tokens, D] of the speech
     patches: Tensor  # [P, D], in row order, without what all of them share
-    tokens_per_second: float  # of the frames
+    tokens_per_second: float | None  # of the frames; None where each is a word
 
     def word_maps(self, words: list[TimedWord]) -> Tensor:
-        """How well each word fits each patch, float32 [words, P]; higher is better."""
+        """How well each of the caption's words fits each patch, float32 [words, P]; higher is
+        better."""
+        if self.tokens_per_second is None:
+            return self.frames @ self.patches.T
         maps = []
         for word in words:
             first = min(int(word.start * self.tokens_per_second), len(self.frames) - 1)
@@ -44,7 +47,6 @@ def align(model: RetrievalModel, features: Features, captions: Sequence[int]) ->
     head = model.image_head
     project = head.projection if head.pools_patches else features.image.encoder.open().project
     rate = features.speech.description.tokens_per_second
-    assert rate is not None
     for first in range(0, len(captions), BATCH):
         batch = captions[first : first + BATCH]
         states, lengths = features.speech.tokens(batch)
@@ -69,12 +71,11 @@ def pointing_game(
     hits, chance = [], []
     for caption, aligned in zip(captions, align(model, features, captions), strict=True):
         boxes = truth.boxes[int(features.image_index[caption])]
-        words = [word for word in truth.words[caption] if word.word in TELLING]
-        words = [word for word in words if word.object is not None]
-        if not words:
-            continue
+        words = truth.words[caption]
         best = aligned.word_maps(words).argmax(1)
         for word, patch in zip(words, best.tolist(), strict=True):
+            if word.object is None or word.word not in TELLING:
+                continue
             x0, y0, x1, y1 = boxes[word.object]
             inside = ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
             hits.append(bool(inside.flat[patch]))

@@ -71,6 +71,7 @@ class Data:
     test_text: FeatureStore | None  # embeddings of the captions' text; generated corpora only
     truth: GroundTruth | None
     foils: FeatureStore | OnlineSpeech | None
+    foil_text: FeatureStore | None
     caption_of_foil: list[int]
 
 
@@ -110,7 +111,8 @@ def open_data(
     text_encoder = image_encoder.text if truth else None
     spoken = [*corpora, *([foils.corpus] if foils else [])]
     wanted = [(split, image_encoder) for split in corpora]
-    wanted += [(test, text_encoder)] if text_encoder else []
+    written = [test, *([foils.corpus] if foils else [])] if text_encoder else []
+    wanted += [(split, text_encoder) for split in written]
     wanted += [] if online else [(split, speech_encoder) for split in spoken]
     stores = open_stores(wanted, folder, hearing=hearing, workers=workers, device=device)
     images, speech = stores[: len(corpora)], stores[len(wanted) - len(spoken) :]
@@ -130,9 +132,10 @@ def open_data(
         training,
         validation,
         held_out,
-        stores[len(corpora)] if text_encoder else None,
+        stores[len(corpora)] if written else None,
         truth,
         heard[-1] if foils else None,
+        stores[len(corpora) + 1] if written and foils else None,
         [row[caption] for caption in foils.of] if foils else [],
     )
 
@@ -295,25 +298,33 @@ def foil_result(
     """The foil test on all foils of the test split, whose embeddings are at hand."""
     assert data.foils is not None
     swapped = embed_speech(model, data.foils, range(len(data.foils)), "cpu")
+    return _foil_test(data, speech, swapped, image)
+
+
+def _foil_test(
+    data: Data, said: torch.Tensor, foils: torch.Tensor, image: torch.Tensor
+) -> dict[str, int]:
+    """said, foils, image: embeddings of all captions, foils and images of the test split."""
     captions = data.caption_of_foil
-    return foil_test(speech[captions], swapped, image[data.test.image_index[captions]])
+    return foil_test(said[captions], foils, image[data.test.image_index[captions]])
 
 
 def text_ceiling(data: Data) -> dict[str, Any] | None:
-    """Retrieval by the captions' text, with the frozen image encoder's own text encoder."""
+    """Retrieval by the captions' text, with the frozen image encoder's own text encoder, and that
+    encoder's foil test: what it does not tell apart, nothing that learns from it will."""
     if data.test_text is None:
         return None
-    images = torch.arange(len(data.test.image))
+    text, image = data.test_text.embeddings, data.test.image.embeddings
     metrics = retrieval_metrics(
-        rank_table(
-            data.test_text.embeddings, data.test.image.embeddings, data.test.image_index, images
-        )
+        rank_table(text, image, data.test.image_index, torch.arange(len(image)))
     )
     kept = ("R@1", "R@5", "R@10")
+    foils = data.foil_text
     return {
         "speech_to_image": {name: metrics["speech_to_image"][name] for name in kept},
         "image_to_speech": {name: metrics["image_to_speech"][name] for name in kept},
         "mean_R@1": metrics["mean_R@1"],
+        "foil": _foil_test(data, text, foils.embeddings, image) if foils else None,
     }
 
 

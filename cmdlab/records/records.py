@@ -142,11 +142,12 @@ _DIRECTION = _RECALLS | {
     "queries": int,
     "gallery": int,
 }
+_FOIL = {"wins": int, "ties": int, "pairs": int}
 _METRICS = {"speech_to_image": _DIRECTION, "image_to_speech": _DIRECTION, "mean_R@1": float}
 _RESULT: dict[str, Any] = {
     "metrics": {"validation": _METRICS, "test": _METRICS},
     "ceiling": (_BOTH_RECALLS, None),
-    "text_ceiling": (_BOTH_RECALLS | {"mean_R@1": float}, None),
+    "text_ceiling": (_BOTH_RECALLS | {"mean_R@1": float, "foil?": (_FOIL, None)}, None),
     "learning_curve": [
         {
             "step": int,
@@ -172,7 +173,7 @@ _RESULT: dict[str, Any] = {
     "alignment": (
         {
             "pointing": ({"hits": float, "words": int, "chance": float}, None),
-            "foil": ({"wins": int, "ties": int, "pairs": int}, None),
+            "foil": (_FOIL, None),
         },
         None,
     ),

@@ -240,17 +240,9 @@ def alignment_table(study: Study) -> Table:
             ]
         else:
             cells += ["not measured", ABSENT, ABSENT]
-        if pairs:
-            ties = float(np.mean([100 * part["ties"] / part["pairs"] for part in pairs]))
-            cells += [
-                _proportion([(part["wins"], part["pairs"]) for part in pairs]),
-                "50.0",
-                f"{ties:.1f}",
-                f"{np.mean([part['pairs'] for part in pairs]):,.0f}",
-            ]
-        else:
-            cells += ["not measured", ABSENT, ABSENT, ABSENT]
+        cells += _foil_cells(pairs)
         rows.append(Row([*cells, record_links(measured)]))
+    rows += _text_foil_rows(study)
     pointing_group, foil_group = "Pointing game", "Foil"
     return Table(
         "alignment-table",
@@ -271,6 +263,34 @@ def alignment_table(study: Study) -> Table:
         "of them, about the mean over the seeds. It covers neither other seeds nor that the words "
         "of a caption go together. A tie is not counted as a win.",
     )
+
+
+def _foil_cells(foils: Sequence[dict[str, int]]) -> list[str]:
+    """Wins, chance, ties and pairs of the foil tests of some runs."""
+    if not foils:
+        return ["not measured", ABSENT, ABSENT, ABSENT]
+    ties = float(np.mean([100 * part["ties"] / part["pairs"] for part in foils]))
+    return [
+        _proportion([(part["wins"], part["pairs"]) for part in foils]),
+        "50.0",
+        f"{ties:.1f}",
+        f"{np.mean([part['pairs'] for part in foils]):,.0f}",
+    ]
+
+
+def _text_foil_rows(study: Study) -> list[Row]:
+    """One row for each different foil test of a text encoder; older records do not hold it."""
+    texts = [run.record["text_ceiling"] or {} for run in study.runs]
+    different = {
+        json.dumps(foil, sort_keys=True): foil
+        for foil in (text.get("foil") for text in texts)
+        if foil and foil["pairs"]
+    }
+    label = "Text ceiling: the captions' text, same frozen encoder"
+    return [
+        Row([label, *[ABSENT] * 3, *_foil_cells([foil]), ABSENT], "reference first")
+        for foil in different.values()
+    ]
 
 
 def arm_label(study: Study, arm: str) -> str:

@@ -10,6 +10,7 @@ from cmdlab.encoders.tiny import (
     TinyImageEncoder,
     TinySpeechEncoder,
     TinyTextEncoder,
+    TinyWordEncoder,
     padding_mask,
 )
 
@@ -94,6 +95,18 @@ def test_the_order_of_words_matters(text):
 def test_a_word_that_is_not_known_raises(text):
     with pytest.raises(KeyError, match="octopus"):
         text.tokenise(["a red octopus"])
+
+
+def test_perfect_hearing_tells_which_word_stands_where_and_nothing_else():
+    words = TinyWordEncoder(("a", "red", "star"))
+    ids = words.tokenise(["a red star", "red a"])
+    states, lengths = words(ids, torch.tensor([3, 2]))
+    assert (states.shape, lengths.tolist()) == ((2, 1, 3, 128), [3, 2])
+    assert (states[1, 0, 2] == 0).all()  # padding
+    place = states[0, 0, 1] - states[1, 0, 0]  # of "red", second and first
+    assert torch.allclose(place, states[1, 0, 1] - states[0, 0, 0], atol=1e-5)  # and of "a"
+    assert place.norm() > 1
+    assert (states[0, 0, 0] - states[1, 0, 0]).norm() > 1  # other words in the same place
 
 
 def test_speech_is_encoded_alike_alone_and_padded(speech):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmdlab.corpora import load_corpus
+from cmdlab.corpora import load_corpus, read_foils, read_image
 from cmdlab.corpora.speaking import TEST_ONLY_VOICES
+from cmdlab.encoders import IMAGE, TEXT, Encoder
 from cmdlab.errors import InputError
 from cmdlab.evaluation import Voices
 from cmdlab.evaluation.ranks import RankTable, retrieval_metrics
@@ -86,6 +87,22 @@ def test_no_system_is_above_the_ceilings(runs):
     assert result["text_ceiling"]["speech_to_image"]["R@1"] <= ceiling["R@1"]
     # The shipped image and text towers know the world: by chance it would be 5.
     assert result["text_ceiling"]["speech_to_image"]["R@1"] > 25
+
+
+def test_the_text_ceiling_has_a_foil_test_of_its_own(runs, smoke_corpus):
+    """Counted anew, one caption at a time."""
+    test = load_corpus(smoke_corpus, "test")
+    captions = {caption.id: caption for caption in test.captions}
+    images = {image.id: image for image in test.images}
+    text, eye, wins = TEXT.open(), IMAGE.open(), 0
+    foils = read_foils(test)
+    for foil, of in zip(foils.corpus.captions, foils.of, strict=True):
+        both = text(text.tokenise([captions[of].text, foil.text]))
+        picture = torch.tensor(read_image(images[foil.image_id].path))[None]
+        own, other = both @ eye(picture)[1][0]
+        wins += int(own > other)
+    result = json.loads((runs["cmd"] / "result.json").read_text())
+    assert result["text_ceiling"]["foil"] == {"wins": wins, "ties": 0, "pairs": len(foils.of)}
 
 
 def test_cmd_costs_nothing_at_retrieval(runs):
@@ -182,6 +199,26 @@ def test_a_run_that_was_stopped_goes_on(runs, smoke_corpus, smoke_data, tmp_path
         assert resumed[key] == whole[key]
     for file in ("ranks.npz", "model/model.safetensors"):
         assert (tmp_path / file).read_bytes() == (runs["cmd"] / file).read_bytes()
+
+
+def test_with_perfect_hearing_the_same_heads_learn_from_the_words(smoke_corpus, tmp_path):
+    words = Encoder("tiny-words")
+    run_experiment(
+        *(smoke_corpus, tmp_path / "run"),
+        **{"speech_encoder": words, "features": tmp_path / "features", "device": "cpu"},
+        **RECIPE | CMD | {"steps": 60, "learning_rate": 1e-2, "weight": 0.1},
+    )
+    data = open_data(smoke_corpus, speech_encoder=words, features=tmp_path / "features")
+    counted = [len(caption.text.split()) for caption in data.test.corpus.captions]
+    assert data.test.speech.lengths.tolist() == counted
+    result = read_result(tmp_path / "run" / "result.json")
+    assert result["encoders"]["speech"]["name"] == "tiny-words"
+    assert result["metrics"]["test"]["mean_R@1"] > 15  # 5 by chance
+    assert result["alignment"]["foil"]["pairs"] == len(data.foils)
+    model = RetrievalModel.from_pretrained(tmp_path / "run" / "model")
+    write_examples(data, model, tmp_path / "run")
+    queries = json.loads((tmp_path / "run" / "examples.json").read_text())["queries"]
+    assert all(len(query["maps"]["values"]) == len(query["words"]) for query in queries)
 
 
 def test_the_report_reads_the_examples(runs, smoke_data):

@@ -209,6 +209,7 @@ def _write_run(
             "speech_to_image": {"R@1": 52.5, "R@5": 81.4, "R@10": 89.9},
             "image_to_speech": {"R@1": 60.1, "R@5": 86.0, "R@10": 93.3},
             "mean_R@1": 56.3,
+            "foil": {"wins": 212, "ties": 1, "pairs": 400},
         },
         "learning_curve": curve,
         "cost": {

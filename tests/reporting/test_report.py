@@ -255,6 +255,12 @@ def test_the_axes_are_the_sweeps_own(page):
     ]
 
 
+def test_what_the_frozen_text_encoder_tells_apart_stands_below_the_arms(page):
+    cells = row(page, "alignment-table", "Text ceiling")
+    assert [cell.find(string=True) for cell in cells[3:7]] == ["53.0", "50.0", "0.2", "400"]
+    assert page.find(id="alignment-table").find_all("tbody")[-1].find_all("tr")[-1]["class"]
+
+
 def test_the_same_records_give_the_same_bytes(runs, report, tmp_path):
     write_report([runs], tmp_path / "again.html")
     assert (tmp_path / "again.html").read_bytes() == report.read_bytes()
