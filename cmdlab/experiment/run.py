@@ -111,8 +111,8 @@ def open_data(
     text_encoder = image_encoder.text if truth else None
     spoken = [*corpora, *([foils.corpus] if foils else [])]
     wanted = [(split, image_encoder) for split in corpora]
-    written = [test, *([foils.corpus] if foils else [])] if text_encoder else []
-    wanted += [(split, text_encoder) for split in written]
+    written = [test, *([foils.corpus] if foils else [])]
+    wanted += [(split, text_encoder) for split in written] if text_encoder else []
     wanted += [] if online else [(split, speech_encoder) for split in spoken]
     stores = open_stores(wanted, folder, hearing=hearing, workers=workers, device=device)
     images, speech = stores[: len(corpora)], stores[len(wanted) - len(spoken) :]
@@ -132,10 +132,10 @@ def open_data(
         training,
         validation,
         held_out,
-        stores[len(corpora)] if written else None,
+        stores[len(corpora)] if text_encoder else None,
         truth,
         heard[-1] if foils else None,
-        stores[len(corpora) + 1] if written and foils else None,
+        stores[len(corpora) + 1] if text_encoder and foils else None,
         [row[caption] for caption in foils.of] if foils else [],
     )
 
