@@ -23,7 +23,7 @@ def text(page: Path) -> list[str]:
     return soup.get_text(" ").split()
 
 
-@pytest.mark.parametrize("name", ["study", "ablation", "competitors"])
+@pytest.mark.parametrize("name", ["study", "ablation", "competitors", "little-data"])
 def test_a_published_report_is_the_one_its_records_give(name, tmp_path):
     write_report([REPORTS / name], tmp_path / "again.html")
     assert text(tmp_path / "again.html") == text(REPORTS / f"{name}.html")
@@ -38,6 +38,18 @@ def test_the_published_kernel_report_is_the_one_its_files_give(tmp_path):
 def test_the_readme_tells_what_the_study_found():
     assert (REPORTS / "study" / "summary.md").read_text(encoding="utf-8") in README
     assert "(reports/study/summary.svg)" in README
+
+
+def test_the_readme_tells_how_many_pictures_are_worth_collecting():
+    reached: dict[int, list[dict[str, float]]] = {}
+    for path in (REPORTS / "little-data").glob("*/record.json"):
+        record = json.loads(path.read_text())
+        test = record["metrics"]["test"]["speech_to_image"]
+        reached.setdefault(record["parameters"]["images"], []).append(test)
+    assert sorted(reached) == [50, 150, 500, 1500, 3000]
+    for images, results in reached.items():
+        first, tenth = (sum(one[at] for one in results) / len(results) for at in ("R@1", "R@10"))
+        assert f"| {images:,} | {first:.1f} | {tenth:.1f} |" in README
 
 
 def test_the_readme_gives_the_times_of_its_records():
@@ -68,7 +80,7 @@ def test_what_is_concluded_has_enough_seeds(name):
     assert not listing["smoke"]
 
 
-@pytest.mark.parametrize("name", ["study", "ablation", "competitors"])
+@pytest.mark.parametrize("name", ["study", "ablation", "competitors", "little-data"])
 def test_the_published_runs_are_of_the_recipe_in_the_sweep_file(name, monkeypatch):
     """The sweep file as it stands, with the notebook's defaults, names the arms as published."""
     monkeypatch.setattr("cmdlab.sweeps.files._corpus_hash", lambda *_: None)  # it lies nowhere yet

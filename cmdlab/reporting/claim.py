@@ -3,13 +3,17 @@
 from collections.abc import Sequence
 
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from cmdlab.reporting.numbers import number, p_value, signed
 from cmdlab.reporting.page import paragraph
-from cmdlab.reporting.study import ArmComparison, Study
+from cmdlab.reporting.study import ArmComparison, Run, Study
 
 SEEDS_TO_PUBLISH = 5
+DENOISING_ASKED = (
+    "Does Cross-Modal Denoising, trained beside the contrastive loss, retrieve better than the "
+    "contrastive loss alone?"
+)
 
 
 def claim(study: Study, comparisons: Sequence[ArmComparison]) -> Markup:
@@ -68,10 +72,7 @@ def _asked(study: Study) -> list[Markup]:
     counts = {len(study.of(arm)) for arm in study.finished_arms}
     seeds = " to ".join(str(end) for end in sorted({min(counts), max(counts)}))
     return [
-        Markup(
-            "Does Cross-Modal Denoising, trained beside the contrastive loss, retrieve better than "
-            "the contrastive loss alone?"
-        ),
+        Markup(DENOISING_ASKED) if any(map(_denoises, study.runs)) else escape(study.title),
         Markup(
             "{} compared with {} on {}, with {} an arm and {} test images, by mean R@1, the mean "
             "of both directions."
@@ -83,6 +84,10 @@ def _asked(study: Study) -> list[Markup]:
             f"{corpus['gallery']:,}",
         ),
     ]
+
+
+def _denoises(run: Run) -> bool:
+    return run.record["parameters"].get("weight", 0) != 0
 
 
 def _found(study: Study, comparisons: Sequence[ArmComparison]) -> list[Markup]:

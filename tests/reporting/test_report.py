@@ -290,6 +290,14 @@ def test_what_is_not_measured_is_said_to_be_so(make_study, tmp_path):
     assert "varies no axis" in text_of(page, "axes")
 
 
+def test_a_sweep_without_denoising_asks_what_its_title_asks(make_study, tmp_path):
+    arms = {"contrastive": {"weight": 0.0}, "fewer": {"weight": 0.0, "images": 9}}
+    make_study(tmp_path / "runs", arms=arms, examples=False)
+    write_report([tmp_path / "runs"], tmp_path / "report.html", title="How many <b> pictures?")
+    claim = read(tmp_path / "report.html").find(class_="claim").get_text()
+    assert "Asked: How many <b> pictures? 1 arm is compared" in " ".join(claim.split())
+
+
 def test_text_of_a_data_set_is_never_markup(make_study, tmp_path):
     arms = {"contrastive": {"weight": 0.0}, HOSTILE: {"direction": HOSTILE}}
     make_study(tmp_path / "runs", arms=arms, text=HOSTILE, title=HOSTILE, seeds=(1,))
