@@ -47,6 +47,7 @@ class Training:
     steps: int = parameter(300, "steps of training")
     epochs: int = parameter(0, "times that training goes through the captions; 0: `steps` counts")
     batch_size: int = parameter(128, "captions of a step, over all processes")
+    images: int = parameter(0, "of the training split, drawn by the seed; 0: all")
     chunk: int = parameter(
         0, "captions that a process computes at a time, to save memory; 0: all of its own"
     )
@@ -91,7 +92,10 @@ class Training:
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}: {getattr(self, name)} is not above 0 and finite")
         check_seed(self.seed)
-        for name in ("epochs", "chunk", "warm_up", "weight_decay", "weight", "end_learning_rate"):
+        for name in (
+            *("epochs", "images", "chunk", "warm_up", "weight_decay", "weight"),
+            "end_learning_rate",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}: {getattr(self, name)} is not at least 0 and finite")
         if self.end_learning_rate > self.learning_rate:
@@ -153,7 +157,8 @@ def train(
     Raises InputError for a checkpoint of another run, when the loss is not finite, and for a batch
     of fewer captions than there are processes.
     """
-    batch_size, batches = _batches_of_epoch(training, train_features)
+    used = _used_captions(training, train_features)
+    batch_size, batches = _batches_of_epoch(training, used)
     if training.epochs:
         training = replace(training, steps=training.epochs * batches)
     if batch_size < process_count():
@@ -219,14 +224,14 @@ def train(
             group["lr"] = _learning_rate(step, training)
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**64)
         if isinstance(train_features.speech, OnlineSpeech) and step + 1 < last:
-            following = _captions_of_step(step + 1, training, train_features)
+            following = _captions_of_step(step + 1, training, used)
             train_features.speech.read_ahead(_share(following, training, trained).tolist())
         optimiser.zero_grad(set_to_none=True)
         losses = _backward(
             trained,
             training,
             train_features,
-            _captions_of_step(step, training, train_features),
+            _captions_of_step(step, training, used),
             generator,
             device,
         )
@@ -452,18 +457,32 @@ def _learning_rate(step: int, training: Training) -> float:
     return end + (training.learning_rate - end) * height
 
 
-def _batches_of_epoch(training: Training, features: Features) -> tuple[int, int]:
-    """The captions of a batch, and how many batches an epoch has."""
-    size = min(training.batch_size, len(features.speech))
-    return size, len(features.speech) // size
+def _used_captions(training: Training, features: Features) -> np.ndarray:
+    """int64: the captions of the pictures that training uses. Of one seed, fewer pictures are part
+    of more. Raises InputError for more pictures than there are."""
+    there = len(features.image)
+    if training.images > there:
+        raise InputError(
+            f"images: {training.images} are more than the {there} of the training split"
+        )
+    if not training.images:
+        return np.arange(len(features.speech))
+    drawn = np.random.default_rng([training.seed, 1 << 32]).permutation(there)[: training.images]
+    return np.flatnonzero(np.isin(features.image_index.numpy(), drawn))
 
 
-def _captions_of_step(step: int, training: Training, features: Features) -> Tensor:
+def _batches_of_epoch(training: Training, used: np.ndarray) -> tuple[int, int]:
+    """The captions of a batch, and how many batches an epoch of the used captions has."""
+    size = min(training.batch_size, len(used))
+    return size, len(used) // size
+
+
+def _captions_of_step(step: int, training: Training, used: np.ndarray) -> Tensor:
     """The captions of one batch: each epoch is a permutation; the rest of it is dropped."""
-    size, batches = _batches_of_epoch(training, features)
+    size, batches = _batches_of_epoch(training, used)
     epoch, within = divmod(step, batches)
     rng = np.random.default_rng([training.seed, epoch])
-    order = rng.permutation(len(features.speech))
+    order = used[rng.permutation(len(used))]
     return torch.from_numpy(order[within * size : (within + 1) * size])
 
 
