@@ -16,7 +16,7 @@ import numpy as np
 from cmdlab.corpora.content_hash import content_hash
 from cmdlab.corpora.converting import Converted, convert_all
 from cmdlab.corpora.corpus import SPLITS, Split
-from cmdlab.corpora.near_duplicates import group_near_duplicates
+from cmdlab.corpora.near_duplicates import group_near_duplicates, join_groups
 from cmdlab.corpora.pairs import MediumKey, Pair, Pairs, read_pairs_csv
 from cmdlab.corpora.parquet_parts import read_parquet_parts
 from cmdlab.corpora.untrusted import BadEntry, Problem, is_name, shown
@@ -72,8 +72,9 @@ def import_corpus(
 
     Sound becomes 16 kHz mono, pictures upright RGB of at most 1,024 pixels a side, or, with `side`,
     squares of that many; `foreign_media` has the details. Images that the source puts into no split
-    are put there by `seed`, a tenth into val and test each, near-duplicates together. Every problem
-    is listed; with any, nothing is made unless `skip_bad` leaves them out.
+    are put there by `seed`, a tenth into val and test each, near-duplicates together, and so are
+    pictures of which one recording speaks. Every problem is listed; with any, nothing is made
+    unless `skip_bad` leaves them out.
 
     `workers` threads (default: one a core) convert into `<folder>.making`; work that was stopped
     goes on there, and what was converted is kept for the next try when an entry has been mended.
@@ -100,11 +101,13 @@ def import_corpus(
     if not kept:
         first = f"; the first of {len(bad)} problems: {bad[0]}" if bad else ""
         raise InputError(f"{source}: no pair can be used; mend it{first}")
-    images = _images(kept, converted)
+    images = _images(corpus, kept, converted)
     groups = group_near_duplicates([image.hash for image in images])
-    split_of = _split(source, images, groups, seed)
-    counts = _write_layout(corpus, images, split_of)
+    shared = _shared_recordings(kept, converted, images)
+    split_of = _split(source, images, join_groups(groups, [of for _, of in shared]), seed)
     told = _near_duplicates(images, groups, split_of)
+    told += _told_recordings(source, images, shared, split_of)
+    counts = _write_layout(corpus, images, split_of)
     _remove_unused(corpus, images)
     identity = {
         **recipe,
@@ -153,7 +156,7 @@ def _usable(
     """The pairs whose media were converted and which agree with the earlier ones, and the rest."""
     kept: list[Pair] = []
     bad = list(pairs.problems)
-    spoken: dict[str, Pair] = {}  # a recording's file: the first pair that has it
+    said: dict[tuple[str, str], Pair] = {}  # files of image and recording: their first pair
     stated: dict[str, Pair] = {}  # an image's file: the first pair that states its split
     for pair in pairs.pairs:
         try:
@@ -168,13 +171,12 @@ def _usable(
                         f"image {shown(pair.image)} is in {first.split} by {first.place}; one "
                         "picture is in one split: mend one of the two"
                     )
-            other = spoken.setdefault(sound, pair)
+            other = said.setdefault((image, sound), pair)
             if other is not pair:
-                twice = f"is the recording of {other.place} too"
-                if pair.audio != other.audio:
-                    twice = f"holds the same sound as {shown(other.audio)} of {other.place}"
+                same = "" if pair.audio == other.audio else f", as {shown(other.audio)} there,"
                 raise BadEntry(
-                    f"audio {shown(pair.audio)} {twice}; give each pair its own or remove one"
+                    f"audio {shown(pair.audio)}{same} is paired with this picture by {other.place} "
+                    "too; remove one"
                 )
         except BadEntry as error:
             bad.append(Problem(pairs.file, pair.place, str(error)))
@@ -200,13 +202,23 @@ class _Image:
         return next((pair.split for pair, _ in self.captions if pair.split), None)
 
 
-def _images(kept: Sequence[Pair], converted: dict[MediumKey, Converted]) -> list[_Image]:
-    """In the order of their first pairs."""
+def _images(
+    corpus: Path, kept: Sequence[Pair], converted: dict[MediumKey, Converted]
+) -> list[_Image]:
+    """In the order of their first pairs. Each caption has a file of its own, as the layout wants
+    it: what several pairs say is copied."""
     images: dict[str, _Image] = {}
+    taken: set[str] = set()
     for pair in kept:
         image, sound = (converted[key] for key in pair.media)
         entry = images.setdefault(image.file, _Image(image.file, bytes.fromhex(image.hash), []))
-        entry.captions.append((pair, sound.file))
+        own = sound.file
+        if own in taken:
+            stem, dot, suffix = own.rpartition(".")
+            own = f"{stem}-{pair.number:06d}{dot}{suffix}"
+            write_file(corpus / own, (corpus / sound.file).read_bytes())
+        taken.add(own)
+        entry.captions.append((pair, own))
     return list(images.values())
 
 
@@ -248,6 +260,39 @@ def _split(
         taken[split] += len(group)
         split_of |= {image.file: split for image in group}
     return split_of
+
+
+def _shared_recordings(
+    kept: Sequence[Pair], converted: dict[MediumKey, Converted], images: Sequence[_Image]
+) -> list[tuple[str, list[int]]]:
+    """Recordings that speak of several pictures: the name of each, and which pictures those are."""
+    row = {image.file: i for i, image in enumerate(images)}
+    spoken: dict[str, tuple[str, list[int]]] = {}
+    for pair in kept:
+        image, sound = (converted[key].file for key in pair.media)
+        spoken.setdefault(sound, (pair.audio, []))[1].append(row[image])
+    return [one for one in spoken.values() if len(one[1]) > 1]
+
+
+def _told_recordings(
+    source: Path,
+    images: Sequence[_Image],
+    shared: Sequence[tuple[str, list[int]]],
+    split_of: dict[str, Split],
+) -> list[str]:
+    """A line for each recording of several pictures. Raises InputError where the source states
+    several splits for one: what is tested would have been learnt."""
+    lines = []
+    for audio, of in shared:
+        names = ", ".join(shown(images[i].names[0]) for i in of)
+        splits = [split for split in SPLITS if split in {split_of[images[i].file] for i in of}]
+        if len(splits) > 1:
+            raise InputError(
+                f"{source}: audio {shown(audio)} speaks of pictures in {' and '.join(splits)}, as "
+                f"stated: {names}; put them into one split, or record it again"
+            )
+        lines.append(f"one recording of {len(of)} pictures, all in {splits[0]}: {names}")
+    return lines
 
 
 def _near_duplicates(

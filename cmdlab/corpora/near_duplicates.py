@@ -1,4 +1,4 @@
-"""Finds pictures that are nearly the same one, by a perceptual hash."""
+"""Finds pictures that belong into one split: nearly the same ones, and those of one recording."""
 
 from __future__ import annotations
 
@@ -53,3 +53,15 @@ def group_near_duplicates(hashes: Sequence[bytes]) -> NDArray[np.int64]:
     row, column = np.concatenate(rows), np.concatenate(columns)
     near = coo_array((np.ones(len(row), bool), (row, column)), shape=(len(points),) * 2)
     return connected_components(near, directed=False)[1][which].astype(np.int64)
+
+
+def join_groups(groups: NDArray[np.int64], shared: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """Groups [N] as they are once the pictures of each `shared` list (their indices) are of one."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    links = [(groups[one], groups[other]) for one, *others in shared for other in others]
+    row, column = np.array(links, np.int64).reshape(-1, 2).T
+    size = int(groups.max()) + 1
+    joined = coo_array((np.ones(len(row), bool), (row, column)), shape=(size, size))
+    return connected_components(joined, directed=False)[1][groups].astype(np.int64)

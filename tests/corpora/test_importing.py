@@ -214,10 +214,13 @@ BAD_LINES = {
     "no sound": ({"audio": "pictures/p 0.jpg"}, "audio 'pictures/p 0.jpg': is no sound"),
     "unknown split": ({"split": "exam"}, "split 'exam' is none of train, val, test; mend it"),
     "two splits": ({"image": "pictures/p 0.jpg", "split": "val"}, "is in train by line 2; one"),
-    "recording twice": ({"audio": "recordings/é0.wav"}, "is the recording of line 2 too"),
-    "copy of a recording": (
-        {"audio": "recordings/copy.wav"},
-        "'recordings/copy.wav' holds the same sound as 'recordings/é0.wav' of line 2; give each",
+    "pair twice": (
+        {"audio": "recordings/é0.wav", "image": "pictures/p 0.jpg"},
+        "audio 'recordings/é0.wav' is paired with this picture by line 2 too; remove one",
+    ),
+    "copy of a pair": (
+        {"audio": "recordings/copy.wav", "image": "pictures/p 0.jpg"},
+        "'recordings/copy.wav', as 'recordings/é0.wav' there, is paired with this picture by line",
     ),
 }
 
@@ -245,6 +248,36 @@ def test_a_bad_line_is_named_and_can_be_left_out(source, tmp_path, capsys, case)
     check = check_corpus(tmp_path / "mine", progress=False)
     assert check.ok
     assert sum(captions for _, captions in check.counts.values()) == 11
+
+
+def test_pictures_of_one_recording_are_kept_together(source, tmp_path):
+    pairs, rows = source
+    shutil.copy(pairs.parent / rows[0]["audio"], pairs.parent / "recordings/copy.wav")
+    for row, audio in ((rows[9], rows[0]["audio"]), (rows[20], "recordings/copy.wav")):
+        row["audio"] = audio
+    together = {rows[i]["image"] for i in (0, 9, 20)}
+    for seed in (1, 2, 3):  # by chance alone all three would not be together every time
+        mine = tmp_path / f"mine {seed}"
+        result = import_corpus(write_pairs(pairs, rows), mine, seed=seed, progress=False)
+        sources = json.loads((mine / "sources.json").read_text())
+        listed = json.loads((mine / "dataset_coco.json").read_text())["images"]
+        split_of = {
+            name: one["split"]
+            for one in listed
+            for name in sources[f"{one['filepath']}/{one['filename']}"]
+        }
+        [split] = {split_of[name] for name in together}
+        assert f"one recording of 3 pictures, all in {split}: " in str(result)
+        assert sum(captions for _, captions in result.counts.values()) == len(rows)
+        copies = [wav for wav, [name] in sources.items() if name == rows[0]["audio"]]
+        first, second = ((mine / wav).read_bytes() for wav in copies)
+        assert first == second
+        assert check_corpus(mine, progress=False).ok
+    rows[0]["split"], rows[9]["split"] = "train", "test"
+    write_pairs(pairs, rows, "audio,image,text,speaker,split")
+    with pytest.raises(InputError, match="speaks of pictures in train and test, as stated: "):
+        import_corpus(pairs, tmp_path / "stated", progress=False)
+    assert not (tmp_path / "stated").exists()
 
 
 BAD_TABLES = {
