@@ -184,19 +184,20 @@ def _index(chosen: Namespace) -> None:
 
 
 def _search(chosen: Namespace) -> None:
-    from cmdlab.search import recorded, spoken
+    from cmdlab.search import heard, recorded, spoken, without_silence
 
     asked = [chosen.query is not None, chosen.say is not None, chosen.record is not None]
     if sum(asked) != 1:
         raise InputError("say what to search for: one of QUERY.wav, --say TEXT, --record SECONDS")
     index, retriever = _open_index(chosen)
     if chosen.query is not None:
-        vector = retriever.embed_speech(chosen.query)
+        vector = retriever.embed_speech(*heard(chosen.query))
     elif chosen.say is not None:
         vector = retriever.embed_speech(*spoken(chosen.say))
     else:
         ready = partial(print, f"recording for {chosen.record} s: speak now", file=sys.stderr)
-        vector = retriever.embed_speech(*recorded(chosen.record, ready))
+        samples, rate = recorded(chosen.record, ready)
+        vector = retriever.embed_speech(without_silence(samples, rate), rate)
     matches = index.nearest(vector, chosen.k)
     paths = [str(index.pictures / match.path) for match in matches]
     if chosen.json:

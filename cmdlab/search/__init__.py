@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmdlab.search.index import Index, Match, Unreadable
 from cmdlab.search.indexing import Indexed, index_pictures, model_identity
-from cmdlab.search.query import recorded, spoken
+from cmdlab.search.query import heard, recorded, spoken, without_silence
 
 if TYPE_CHECKING:
     from cmdlab.search.benchmark import BenchmarkEncoder
@@ -36,6 +36,7 @@ __all__ = [
     "Unreadable",
     "encode_files",
     "encode_pairs",
+    "heard",
     "index_pictures",
     "make_module",
     "model_identity",
@@ -44,6 +45,7 @@ __all__ = [
     "recorded",
     "serve_page",
     "spoken",
+    "without_silence",
     "write_worth",
 ]
 

@@ -74,7 +74,12 @@ the("record").addEventListener("click", async () => {
 
 async function record() {
   const stream = await navigator.mediaDevices.getUserMedia({
-    audio: { channelCount: 1, echoCancellation: false, noiseSuppression: false },
+    audio: {
+      channelCount: 1,
+      echoCancellation: false,
+      noiseSuppression: false,
+      autoGainControl: false,
+    },
   });
   const context = new AudioContext();
   await context.audioWorklet.addModule("recorder.js");

@@ -33,7 +33,7 @@ from cmdlab.corpora import (
 from cmdlab.errors import InputError
 from cmdlab.search.index import Index
 from cmdlab.search.maps import frame_map
-from cmdlab.search.query import VOICE
+from cmdlab.search.query import VOICE, without_silence
 from cmdlab.search.retriever import Retriever
 from cmdlab.search.verdicts import HOW, Verdict, log_verdict, rank_of
 
@@ -164,7 +164,7 @@ class _Page:
                 waveform = decode_sound(content, longest=MAX_SECONDS)
             except BadEntry as error:
                 raise InputError(f"This {error}.") from error
-            return self._ask(how, waveform, [])
+            return self._ask(how, without_silence(waveform, SAMPLE_RATE), [])
 
         return _json(await run_in_threadpool(answer))
 

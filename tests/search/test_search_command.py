@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from cmdlab.cli import main
 from cmdlab.corpora import load_corpus
-from cmdlab.search import Index
+from cmdlab.search import Index, without_silence
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,37 @@ def test_a_recording_finds_pictures(indexed, retriever, capsys):
     assert [one["rank"] for one in found] == [1, 2, 3]
     assert [one["path"] for one in found] == [str(opened.pictures / opened.path(r)) for r in best]
     assert [one["score"] for one in found] == pytest.approx(scores[best], abs=1e-6)
+
+
+def test_waiting_before_and_after_speaking_changes_nothing(indexed, tmp_path, capsys):
+    index, query = indexed
+    said, rate = soundfile.read(query, dtype="float32")
+    still = 0.003 * said.std() * np.random.default_rng(1).standard_normal(2 * rate)
+    soundfile.write(tmp_path / "waited.wav", np.concatenate((still[:rate], said, still)), rate)
+    scores = []
+    for file in (query, tmp_path / "waited.wav"):
+        assert main(["search", str(index), str(file), "-k", "80", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        scores.append({one["path"]: one["score"] for one in found})
+    plain, waited = ([one[path] for path in scores[0]] for one in scores)
+    assert np.corrcoef(plain, waited)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_silence_is_cut_at_the_ends_alone_and_where_it_is_long(rate):
+    def seconds(length: float, level: float = 0.0) -> np.ndarray:
+        return np.full(round(length * rate), level, np.float32)
+
+    speech = np.concatenate((seconds(0.3, 0.5), seconds(0.8), seconds(0.3, -0.2)))
+    short = np.concatenate((seconds(0.08), speech, seconds(0.05, 0.01)))
+    assert np.array_equal(without_silence(short, rate), short)
+    long = np.concatenate((seconds(1.5, 0.01), speech, seconds(0.05)))
+    kept = without_silence(long, rate)
+    assert len(kept) / rate == pytest.approx(0.02 + 1.4 + 0.05, abs=0.011)
+    assert np.array_equal(kept, long[-len(kept) :])
+    assert len(without_silence(np.concatenate((speech, seconds(0.5))), rate)) / rate < 1.44
+    for nothing in (seconds(0.5), seconds(0.001)):
+        assert np.array_equal(without_silence(nothing, rate), nothing)
 
 
 def test_every_name_is_one_line_and_json_gives_its_bytes_back(indexed, capsys):
