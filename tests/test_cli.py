@@ -412,7 +412,7 @@ def test_the_check_says_which_encoders_take_the_corpus(smoke_corpus, tmp_path, c
         "; tiny-image takes 64 × 64 pixels, and 1 of 80 are others, mostly 206 × 219"
     )
     assert lines[-2].startswith("encoders for its speech: tiny-speech, hubert-base, hubert-large")
-    assert lines[-1].startswith("encoders for its text: none; tiny-text takes the words of Spoken")
+    assert lines[-1].startswith("encoders for its text: none; tiny-words takes the words of Spok")
     assert lines[-1].endswith("are others, mostly 'octopus'")
 
 
