@@ -184,7 +184,7 @@ def _index(chosen: Namespace) -> None:
 
 
 def _search(chosen: Namespace) -> None:
-    from cmdlab.search import heard, recorded, spoken, without_silence
+    from cmdlab.search import heard, recorded, spoken
 
     asked = [chosen.query is not None, chosen.say is not None, chosen.record is not None]
     if sum(asked) != 1:
@@ -196,8 +196,7 @@ def _search(chosen: Namespace) -> None:
         vector = retriever.embed_speech(*spoken(chosen.say))
     else:
         ready = partial(print, f"recording for {chosen.record} s: speak now", file=sys.stderr)
-        samples, rate = recorded(chosen.record, ready)
-        vector = retriever.embed_speech(without_silence(samples, rate), rate)
+        vector = retriever.embed_speech(*recorded(chosen.record, ready))
     matches = index.nearest(vector, chosen.k)
     paths = [str(index.pictures / match.path) for match in matches]
     if chosen.json:

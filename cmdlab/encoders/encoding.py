@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cmdlab.corpora import SAMPLE_RATE, Caption, Image, read_image, read_speech
 from cmdlab.encoders.encoder import Description, Encoded, Hearing, Kind
-from cmdlab.encoders.tiny import WEIGHTS, TinyTextEncoder, TinyWordEncoder
+from cmdlab.encoders.tiny import KNOWN_WORDS, WEIGHTS, TinyTextEncoder, TinyWordEncoder
 from cmdlab.encoders.weight_files import weights_sha256
 from cmdlab.errors import InputError, nearest
 
@@ -112,7 +112,6 @@ def _anything(_: Any) -> bool:
     return True
 
 
-VOCABULARY = "the words of SpokenScenes"
 _HUBERT = Family("speech", "sound", "speech at 16 kHz", _anything, "hubert", "open_hubert")
 _CLIP = Family(
     *("images", "pixels", "photographs of any size", _anything),
@@ -124,8 +123,8 @@ FAMILIES = {
         *("tiny", "open_tiny"),
     ),
     "tiny-speech": Family("speech", "sound", "speech at 16 kHz", _anything, "tiny", "open_tiny"),
-    "tiny-words": Family("speech", "words", VOCABULARY, _is_known, "tiny", "open_tiny"),
-    "tiny-text": Family("text", "words", VOCABULARY, _is_known, "tiny", "open_tiny"),
+    "tiny-words": Family("speech", "words", KNOWN_WORDS, _is_known, "tiny", "open_tiny"),
+    "tiny-text": Family("text", "words", KNOWN_WORDS, _is_known, "tiny", "open_tiny"),
     **dict.fromkeys(("hubert-base", "hubert-large", "wavlm-base-plus", "wavlm-large"), _HUBERT),
     **dict.fromkeys(("clip-vit-b-32", "clip-vit-b-16", "clip-vit-l-14"), _CLIP),
     **dict.fromkeys((f"clip-vit-{size}-laion2b" for size in ("b-32", "b-16", "l-14")), _CLIP),

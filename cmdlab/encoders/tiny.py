@@ -28,6 +28,7 @@ MEL_BANDS = 64
 WINDOW = 400  # samples of a frame of the spectrogram: 25 ms
 HOP = 160  # samples between two frames of the spectrogram: 10 ms
 TOKENS_PER_SECOND = 12.5  # of the speech encoder's output
+KNOWN_WORDS = "the words of SpokenScenes"  # what the encoders of words take
 LETTERS = " abcdefghijklmnopqrstuvwxyz"  # what the speech encoder learnt to spell; 0 is CTC's blank
 
 
@@ -127,9 +128,7 @@ def _convolution(
 class TinyTextEncoder(nn.Module):
     """Words to an embedding in the image encoder's space: the other half of its training."""
 
-    description = Description(
-        "tiny-text", "text", 1, 1, EMBEDDING, "the words of SpokenScenes", LICENCE
-    )
+    description = Description("tiny-text", "text", 1, 1, EMBEDDING, KNOWN_WORDS, LICENCE)
 
     def __init__(self, words: tuple[str, ...], layers: int = 2, longest: int = 48) -> None:
         super().__init__()
@@ -158,8 +157,7 @@ class TinyTextEncoder(nn.Module):
 
     def tokenise(self, texts: list[str]) -> Tensor:
         """Texts to int64 [batch, longest of them]. Raises KeyError for an unknown word."""
-        rows = [torch.tensor([self.index[word] for word in text.split()]) for text in texts]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return _numbers(texts, self.index)
 
 
 class TinySpeechEncoder(nn.Module):
@@ -240,9 +238,7 @@ class TinyWordEncoder(nn.Module):
     it tells which word stands where and nothing else; nothing of it was trained.
     """
 
-    description = Description(
-        *("tiny-words", "speech", 1, WIDTH, 0, "the words of SpokenScenes", LICENCE)
-    )
+    description = Description("tiny-words", "speech", 1, WIDTH, 0, KNOWN_WORDS, LICENCE)
     table: Tensor
     places: Tensor
 
@@ -267,12 +263,21 @@ class TinyWordEncoder(nn.Module):
 
     def tokenise(self, texts: list[str]) -> Tensor:
         """Texts to int64 [batch, longest of them]. Raises KeyError for an unknown word."""
-        rows = [torch.tensor([self.index[word] for word in text.split()]) for text in texts]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return _numbers(texts, self.index)
+
+
+def _numbers(texts: list[str], index: dict[str, int]) -> Tensor:
+    rows = [torch.tensor([index[word] for word in text.split()]) for text in texts]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def untrained(name: str) -> nn.Module:
-    """The same architecture at random weights, to measure what it takes."""
+    """The same architecture at random weights, to measure what it takes.
+
+    Raises InputError for the words, which take nothing.
+    """
+    if name == "tiny-words":
+        raise InputError(f"{name}: looks words up in a table, so there is nothing to measure")
     return TinyImageEncoder() if name == "tiny-image" else TinySpeechEncoder()
 
 
@@ -282,6 +287,8 @@ def open_tiny(name: str, weights: str) -> nn.Module:
     Raises InputError for a file that does not hold them.
     """
     if name == "tiny-words":
+        if weights:
+            raise InputError(f"{weights}: {name} has no weights; leave speech_weights empty")
         return TinyWordEncoder(vocabulary())
     file = Path(weights) if weights else WEIGHTS / f"{name}.safetensors"
     tensors = read_weights(file).tensors

@@ -311,7 +311,7 @@ def _foil_test(
 
 def text_ceiling(data: Data) -> dict[str, Any] | None:
     """Retrieval by the captions' text, with the frozen image encoder's own text encoder, and that
-    encoder's foil test: what it does not tell apart, nothing that learns from it will."""
+    encoder's foil test: whether the two towers tell apart what belongs to what."""
     if data.test_text is None:
         return None
     text, image = data.test_text.embeddings, data.test.image.embeddings

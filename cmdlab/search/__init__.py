@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmdlab.search.index import Index, Match, Unreadable
 from cmdlab.search.indexing import Indexed, index_pictures, model_identity
-from cmdlab.search.query import heard, recorded, spoken, without_silence
+from cmdlab.search.query import heard, recorded, spoken
 
 if TYPE_CHECKING:
     from cmdlab.search.benchmark import BenchmarkEncoder
@@ -45,7 +45,6 @@ __all__ = [
     "recorded",
     "serve_page",
     "spoken",
-    "without_silence",
     "write_worth",
 ]
 

@@ -45,7 +45,7 @@ def heard(path: Path) -> tuple[NDArray[np.float32], int]:
 def recorded(
     seconds: float, ready: Callable[[], object] = lambda: None
 ) -> tuple[NDArray[np.float32], int]:
-    """What the microphone hears from now on: samples float32 [samples], and their rate in Hz.
+    """What is said to the microphone from now on: samples float32 [samples], and their rate in Hz.
 
     ready: called once it listens. Raises InputError where there is no microphone, or nothing to
     record with.
@@ -71,15 +71,14 @@ def recorded(
         raise InputError(
             f"there is no microphone to record from ({error}); connect one, or give a sound file"
         ) from error
-    return samples[:, 0], rate
+    return without_silence(samples[:, 0], rate), rate
 
 
 def without_silence(samples: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
     """What is said in a recording: of silence at its ends, where it is over 0.15 s, 20 ms are left.
 
     samples: [samples] at `rate` Hz. People wait before they speak and before they press the button,
-    and encoders that take a caption as a whole take that for a part of it: a quarter of a second of
-    silence at both ends took a third of the shipped module's R@1.
+    and encoders that take a caption as a whole take that for a part of it.
     """
     step = max(1, rate // 100)
     blocks = samples[: len(samples) // step * step].reshape(-1, step)

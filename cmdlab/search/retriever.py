@@ -72,6 +72,11 @@ class Retriever:
             )
         frozen = self.model.encoders[kind]
         encoder = Encoder(frozen.name, weights, frozen.layers)
+        if kind == "speech" and encoder.description.tokens_per_second is None:
+            raise InputError(
+                f"{model}: was trained on {encoder}, which reads words and hears no sound; take a "
+                "model of a speech encoder"
+            )
         found = weights_of(encoder)
         if found != frozen.sha256:
             raise InputError(

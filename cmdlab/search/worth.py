@@ -24,6 +24,7 @@ from cmdlab.corpora import (
 from cmdlab.errors import InputError
 from cmdlab.reporting import Estimate, Worth, draw_worth
 from cmdlab.search.index import Index
+from cmdlab.search.query import without_silence
 from cmdlab.search.retriever import Retriever
 from cmdlab.search.verdicts import LOG, rank_of, read_verdicts
 
@@ -103,7 +104,8 @@ def trials_of_pairs(
             waveform = decode_sound(bytes_of(file.parent / pair.audio))
         except BadEntry as error:
             raise InputError(f"{file}: {pair.place}: {pair.audio}: {error}") from error
-        vector = retriever.embed_speech(waveform, SAMPLE_RATE)
+        said = without_silence(waveform, SAMPLE_RATE)  # as a search has it
+        vector = retriever.embed_speech(said, SAMPLE_RATE)
         rank.append(rank_of(index, vector, own))
         seconds.append(len(waveform) / SAMPLE_RATE)
         picture.append(own)

@@ -31,6 +31,7 @@ from cmdlab.retrieval.dense import Dense
 from cmdlab.retrieval.matching import Matching
 from cmdlab.retrieval.model import RetrievalModel, Shape
 from cmdlab.retrieval.training import Training, rank, train
+from cmdlab.search import Retriever
 
 RECIPE = {"steps": 6, "batch_size": 32, "warm_up": 2, "validate_every": 3, "seed": 2}
 CMD = {"weight": 1.0, "direction": "both", "rate": 0.5}
@@ -219,6 +220,10 @@ def test_with_perfect_hearing_the_same_heads_learn_from_the_words(smoke_corpus, 
     write_examples(data, model, tmp_path / "run")
     queries = json.loads((tmp_path / "run" / "examples.json").read_text())["queries"]
     assert all(len(query["maps"]["values"]) == len(query["words"]) for query in queries)
+    with pytest.raises(InputError, match="reads words and hears no sound"):
+        Retriever(tmp_path / "run" / "model")
+    with pytest.raises(InputError, match="tiny-words has no weights"):
+        Encoder("tiny-words", "mine.safetensors").open()
 
 
 def test_the_report_reads_the_examples(runs, smoke_data):

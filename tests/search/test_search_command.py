@@ -13,7 +13,8 @@ import soundfile
 
 from cmdlab.cli import main
 from cmdlab.corpora import load_corpus
-from cmdlab.search import Index, without_silence
+from cmdlab.search import Index
+from cmdlab.search.query import without_silence
 
 
 @pytest.fixture(scope="module")
