@@ -4,7 +4,13 @@ from cmdlab.corpora.audio import SAMPLE_RATE, caption_seed, degrade, read_audio,
 from cmdlab.corpora.check import check_corpus, leave_out_unreadable, load_usable
 from cmdlab.corpora.content_hash import content_hash
 from cmdlab.corpora.corpus import SPLITS, Caption, Corpus, Image
-from cmdlab.corpora.foreign_media import decode_picture, decode_sound, to_picture, to_speech
+from cmdlab.corpora.foreign_media import (
+    decode_picture,
+    decode_sound,
+    to_picture,
+    to_speech,
+    without_silence,
+)
 from cmdlab.corpora.ground_truth import (
     GroundTruth,
     TimedWord,
@@ -66,5 +72,6 @@ __all__ = [
     "to_picture",
     "to_speech",
     "vocabulary",
+    "without_silence",
     "worker_pool",
 ]

@@ -46,7 +46,7 @@ def convert_all(
 
     def convert(medium: Medium) -> Converted:
         return before.get((*medium.key, medium.version)) or _convert(
-            making / "corpus", medium, side
+            making / "corpus", medium, side, pairs.trimmed
         )
 
     bar = tqdm(total=len(wanted), desc="importing", unit=" files", disable=not progress)
@@ -93,13 +93,13 @@ def _read_journal(making: Path) -> dict[tuple[str, str, str], Converted]:
     return converted
 
 
-def _convert(corpus: Path, medium: Medium, side: int | None) -> Converted:
+def _convert(corpus: Path, medium: Medium, side: int | None, trimmed: bool) -> Converted:
     """Writes a medium into the corpus, in a file named by its content: equal ones are one file."""
     hash_ = b""
     try:
         if medium.key[0] == "audio":
             folder = "wavs"
-            content, suffix = convert_sound(medium.read())
+            content, suffix = convert_sound(medium.read(), trimmed=trimmed)
         else:
             folder = "images"
             content, suffix, hash_ = convert_picture(medium.read(), side=side)

@@ -18,22 +18,27 @@ from cmdlab.corpora.untrusted import BadEntry
 
 LONG_SIDE = 1024  # pixels; COCO's and Flickr8k's have up to 640, and no encoder takes more than 336
 RATES = (1_000, 384_000)  # Hz, of what a recorder can have meant
+QUIET = 10 ** (-30 / 20)  # of the loudest 10 ms: 30 dB below
+LONGEST_SILENCE = 0.15  # seconds; captions in corpora begin and end with some
+MARGIN = 0.02  # seconds that are left of a longer one
 BLOCK = 16_384  # frames decoded at a time: a few bytes can promise 1,024 channels and days
 
 
-def convert_sound(content: bytes) -> tuple[bytes, str]:
+def convert_sound(content: bytes, *, trimmed: bool = False) -> tuple[bytes, str]:
     """A sound file of any kind that libsndfile reads, as 16 kHz mono. Returns content and suffix.
 
-    Channels are averaged. What is 16-bit WAV or FLAC at 16 kHz with one channel stays as it is,
-    byte for byte; all else becomes 16-bit FLAC.
+    Channels are averaged; `trimmed`, long silence at the ends is cut, as a search cuts it. What is
+    16-bit WAV or FLAC at 16 kHz with one channel and nothing to cut stays as it is, byte for byte;
+    all else becomes 16-bit FLAC.
     Raises BadEntry for what is corrupt, truncated, empty, over MAX_SECONDS long, not finite or out
     of scale.
     """
     waveform, ready, form = _decoded(content)
-    if ready:
+    said = without_silence(waveform, SAMPLE_RATE) if trimmed else waveform
+    if ready and len(said) == len(waveform):
         return content, f".{form.lower()}"
     converted = io.BytesIO()
-    soundfile.write(converted, waveform, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    soundfile.write(converted, said, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return converted.getvalue(), ".flac"
 
 
@@ -65,6 +70,27 @@ def to_speech(samples: ArrayLike, rate: int) -> NDArray[np.float32]:
         raise BadEntry(f"lasts over {MAX_SECONDS} s; cut it")
     mono = waveform.reshape(len(waveform), -1).mean(axis=1, dtype=np.float32)
     return _resampled(_finite(mono), rate)
+
+
+def without_silence(samples: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
+    """What is said in a recording: of silence at its ends, where it is over 0.15 s, 20 ms are left.
+
+    samples: [samples] at `rate` Hz. People wait before they speak and before they press the button,
+    and encoders that take a caption as a whole take that for a part of it.
+    """
+    step = max(1, rate // 100)
+    blocks = samples[: len(samples) // step * step].reshape(-1, step)
+    level = np.sqrt(np.square(blocks, dtype=np.float64).mean(1))
+    loud = np.flatnonzero(level > QUIET * level.max(initial=0.0))
+    if not len(loud):
+        return samples
+    first, last = int(loud[0]) * step, int(loud[-1] + 1) * step
+    margin, longest = round(MARGIN * rate), round(LONGEST_SILENCE * rate)
+    if first <= longest:
+        first = margin
+    if len(samples) - last <= longest:
+        last = len(samples) - margin
+    return samples[first - margin : last + margin]
 
 
 def _decoded(content: bytes, longest: int = MAX_SECONDS) -> tuple[NDArray[np.float32], bool, str]:

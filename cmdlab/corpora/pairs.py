@@ -55,7 +55,9 @@ class Medium:
 class Pairs:
     """All pairs of a source, `file` its name. `media` gives each medium that a pair names once.
 
-    `problems` are the entries that are no pair; `notes` are lines for the user.
+    `problems` are the entries that are no pair; `notes` are lines for the user. `trimmed` says
+    whether recordings lose long silence at their ends, as what is searched for does; a published
+    corpus stays as its publisher has it.
     """
 
     file: str
@@ -63,6 +65,7 @@ class Pairs:
     media: Callable[[], Iterator[Medium]]
     problems: list[Problem]
     notes: list[str]
+    trimmed: bool
 
 
 COLUMNS = ("audio", "image", "text", "speaker", "split")
@@ -110,7 +113,7 @@ def read_pairs_csv(path: Path) -> Pairs:
 
     unused = [shown(name) for name in header if name not in COLUMNS]
     notes = [f"{path.name}: not used: column {', '.join(unused)}"] if unused else []
-    return Pairs(path.name, pairs, media, folder.problems, notes)
+    return Pairs(path.name, pairs, media, folder.problems, notes, trimmed=True)
 
 
 def split_named(name: str) -> Split:

@@ -95,7 +95,7 @@ def read_parquet_parts(root: Path) -> Pairs:
         yield from _media(folder, parts[seen], "image", wanted)
         yield from _media(folder, parts[spoken], "audio", wanted)
 
-    return Pairs(root.name, pairs, media, folder.problems, notes)
+    return Pairs(root.name, pairs, media, folder.problems, notes, trimmed=False)
 
 
 @dataclass(frozen=True, slots=True)

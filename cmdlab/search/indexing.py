@@ -362,7 +362,7 @@ def _look_at_all(
 ) -> Iterator[_Looked]:
     """While one thread computes, others read: hashing, decoding and torch free Python's lock."""
     batches = [doubtful[start : start + BATCH] for start in range(0, len(doubtful), BATCH)]
-    pool = ThreadPoolExecutor(workers or os.cpu_count())
+    pool = ThreadPoolExecutor(workers or os.cpu_count(), initializer=_compute_alone)
     with tqdm(total=len(doubtful), unit=" pictures", disable=not progress) as bar:
         try:
             first, *others = batches  # the first alone: a network is opened when it is first used
@@ -374,6 +374,13 @@ def _look_at_all(
                 bar.update(len(batch))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _compute_alone() -> None:
+    """The threads are one a core already: torch's own would only wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _look_at(

@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cmdlab.corpora import SAMPLE_RATE, BadEntry, Utterance, bytes_of, decode_sound, speak
+from cmdlab.corpora import (
+    SAMPLE_RATE,
+    BadEntry,
+    Utterance,
+    bytes_of,
+    decode_sound,
+    speak,
+    without_silence,
+)
 from cmdlab.errors import InputError
 
 VOICE = "en-us+m3"  # of SpokenScenes' training split
-QUIET = 10 ** (-30 / 20)  # of the loudest 10 ms: 30 dB below
-LONGEST_SILENCE = 0.15  # seconds; captions in corpora begin and end with some
-MARGIN = 0.02  # seconds that are left of a longer one
 
 
 def spoken(text: str, voice: str = VOICE) -> tuple[NDArray[np.int16], int]:
@@ -72,24 +77,3 @@ def recorded(
             f"there is no microphone to record from ({error}); connect one, or give a sound file"
         ) from error
     return without_silence(samples[:, 0], rate), rate
-
-
-def without_silence(samples: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
-    """What is said in a recording: of silence at its ends, where it is over 0.15 s, 20 ms are left.
-
-    samples: [samples] at `rate` Hz. People wait before they speak and before they press the button,
-    and encoders that take a caption as a whole take that for a part of it.
-    """
-    step = max(1, rate // 100)
-    blocks = samples[: len(samples) // step * step].reshape(-1, step)
-    level = np.sqrt(np.square(blocks, dtype=np.float64).mean(1))
-    loud = np.flatnonzero(level > QUIET * level.max(initial=0.0))
-    if not len(loud):
-        return samples
-    first, last = int(loud[0]) * step, int(loud[-1] + 1) * step
-    margin, longest = round(MARGIN * rate), round(LONGEST_SILENCE * rate)
-    if first <= longest:
-        first = margin
-    if len(samples) - last <= longest:
-        last = len(samples) - margin
-    return samples[first - margin : last + margin]

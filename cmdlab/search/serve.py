@@ -29,11 +29,12 @@ from cmdlab.corpora import (
     decode_picture,
     decode_sound,
     speak,
+    without_silence,
 )
 from cmdlab.errors import InputError
 from cmdlab.search.index import Index
 from cmdlab.search.maps import frame_map
-from cmdlab.search.query import VOICE, without_silence
+from cmdlab.search.query import VOICE
 from cmdlab.search.retriever import Retriever
 from cmdlab.search.verdicts import HOW, Verdict, log_verdict, rank_of
 

@@ -20,11 +20,11 @@ from cmdlab.corpora import (
     decode_sound,
     load_corpus,
     read_pairs_csv,
+    without_silence,
 )
 from cmdlab.errors import InputError
 from cmdlab.reporting import Estimate, Worth, draw_worth
 from cmdlab.search.index import Index
-from cmdlab.search.query import without_silence
 from cmdlab.search.retriever import Retriever
 from cmdlab.search.verdicts import LOG, rank_of, read_verdicts
 

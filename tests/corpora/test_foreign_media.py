@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cmdlab.corpora import Utterance, read_audio, read_image, speak
-from cmdlab.corpora.foreign_media import LONG_SIDE, convert_picture, convert_sound
+from cmdlab.corpora import Utterance, read_audio, read_image, speak, without_silence
+from cmdlab.corpora.foreign_media import LONG_SIDE, convert_picture, convert_sound, decode_sound
 from cmdlab.corpora.untrusted import BadEntry
 
 
@@ -96,6 +96,34 @@ def test_a_tone_keeps_its_frequency_and_its_level(tmp_path):
 def test_what_is_right_already_stays_byte_for_byte(speech, form):
     content = sound_file(speech, 16_000, format=form, subtype="PCM_16")
     assert convert_sound(content) == (content, f".{form.lower()}")
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_silence_is_cut_at_the_ends_alone_and_where_it_is_long(rate):
+    def seconds(length: float, level: float = 0.0) -> np.ndarray:
+        return np.full(round(length * rate), level, np.float32)
+
+    speech = np.concatenate((seconds(0.3, 0.5), seconds(0.8), seconds(0.3, -0.2)))
+    short = np.concatenate((seconds(0.08), speech, seconds(0.05, 0.01)))
+    assert np.array_equal(without_silence(short, rate), short)
+    long = np.concatenate((seconds(1.5, 0.01), speech, seconds(0.05)))
+    kept = without_silence(long, rate)
+    assert len(kept) / rate == pytest.approx(0.02 + 1.4 + 0.05, abs=0.011)
+    assert np.array_equal(kept, long[-len(kept) :])
+    assert len(without_silence(np.concatenate((speech, seconds(0.5))), rate)) / rate < 1.44
+    for nothing in (seconds(0.5), seconds(0.001)):
+        assert np.array_equal(without_silence(nothing, rate), nothing)
+
+
+def test_a_recording_that_begins_with_silence_is_kept_as_a_search_hears_it(speech):
+    second = np.zeros(16_000, np.float32)
+    waited = sound_file(np.concatenate((second, speech, second)), 16_000, format="WAV")
+    trimmed, suffix = convert_sound(waited, trimmed=True)
+    searched = without_silence(decode_sound(waited), 16_000)
+    assert suffix == ".flac"
+    assert np.array_equal(decode_sound(trimmed), searched)
+    assert len(searched) <= len(speech) + 2 * 320
+    assert convert_sound(waited) == (waited, ".wav")
 
 
 def test_sound_that_cannot_be_used_says_why(speech):

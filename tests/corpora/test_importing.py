@@ -73,8 +73,8 @@ def write_source(root: Path, sentences: list[np.ndarray], images: int = 24) -> l
             suffix, rate, channels = SOUNDS[len(rows) % 4]
             audio = root / f"recordings/é{len(rows)}.{suffix}"
             audio.parent.mkdir(exist_ok=True)
-            longer = np.pad(speech, (0, 100 * len(rows)))  # no two recordings are equal
-            soundfile.write(audio, np.stack([longer] * channels, axis=1), rate)
+            softer = speech * 0.99 ** len(rows)  # no two recordings are equal
+            soundfile.write(audio, np.stack([softer] * channels, axis=1), rate)
             rows.append(
                 {
                     "audio": audio.relative_to(root).as_posix(),

@@ -14,7 +14,6 @@ import soundfile
 from cmdlab.cli import main
 from cmdlab.corpora import load_corpus
 from cmdlab.search import Index
-from cmdlab.search.query import without_silence
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +53,6 @@ def test_waiting_before_and_after_speaking_changes_nothing(indexed, tmp_path, ca
         scores.append({one["path"]: one["score"] for one in found})
     plain, waited = ([one[path] for path in scores[0]] for one in scores)
     assert np.corrcoef(plain, waited)[0, 1] > 0.9
-
-
-@pytest.mark.parametrize("rate", [16_000, 44_100])
-def test_silence_is_cut_at_the_ends_alone_and_where_it_is_long(rate):
-    def seconds(length: float, level: float = 0.0) -> np.ndarray:
-        return np.full(round(length * rate), level, np.float32)
-
-    speech = np.concatenate((seconds(0.3, 0.5), seconds(0.8), seconds(0.3, -0.2)))
-    short = np.concatenate((seconds(0.08), speech, seconds(0.05, 0.01)))
-    assert np.array_equal(without_silence(short, rate), short)
-    long = np.concatenate((seconds(1.5, 0.01), speech, seconds(0.05)))
-    kept = without_silence(long, rate)
-    assert len(kept) / rate == pytest.approx(0.02 + 1.4 + 0.05, abs=0.011)
-    assert np.array_equal(kept, long[-len(kept) :])
-    assert len(without_silence(np.concatenate((speech, seconds(0.5))), rate)) / rate < 1.44
-    for nothing in (seconds(0.5), seconds(0.001)):
-        assert np.array_equal(without_silence(nothing, rate), nothing)
 
 
 def test_every_name_is_one_line_and_json_gives_its_bytes_back(indexed, capsys):
