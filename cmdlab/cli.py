@@ -426,7 +426,7 @@ def _parser() -> ArgumentParser:
         """,
     )
     make.add_argument("folder", type=Path, metavar="DIR")
-    make.add_argument("--preset", choices=["smoke", "default", "large"], required=True)
+    make.add_argument("--preset", choices=["smoke", "default", "twins", "large"], required=True)
     make.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     make.add_argument(
         "--workers", type=_positive, default=os.cpu_count(), help="default: all cores"

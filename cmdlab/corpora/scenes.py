@@ -6,7 +6,7 @@ caption is true of its scene; whether it is true of another one is decided by `c
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 from typing import Any
 
@@ -94,6 +94,7 @@ VERBS_OF_A_SENTENCE = ("is", "sits", "lies", "stands", "stays")
 VERBS_AFTER_AN_OPENING = ("", "", "that is", "placed")
 JOINERS = ("and", "and also", "along with", "then")
 
+EXCHANGED = ("colour", "colour", "shape", "texture")  # between twins; colours twice as often
 ATTRIBUTES = ("shape", "colour", "size", "texture", "row", "column")
 VALUES: dict[str, tuple[str, ...]] = {
     "shape": tuple(SHAPES),
@@ -159,6 +160,23 @@ def sample_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
     )
 
 
+def sample_twins(rng: np.random.Generator) -> tuple[Scene, Scene]:
+    """Two scenes of the same places, shapes, colours, sizes and textures, that differ in what
+    belongs to what: two objects have exchanged their colours, shapes or textures."""
+    while True:
+        scene = sample_scene(rng)
+        pairs = list(combinations(range(len(scene.objects)), 2))
+        exchanges = [(pair, name) for pair in pairs for name in EXCHANGED]
+        for place in rng.permutation(len(exchanges)):
+            (i, j), name = exchanges[place]
+            objects = list(scene.objects)
+            first, second = getattr(objects[i], name), getattr(objects[j], name)
+            objects[i] = replace(objects[i], **{name: second})
+            objects[j] = replace(objects[j], **{name: first})
+            if first != second:
+                return scene, Scene(tuple(objects))
+
+
 def sample_captions(scene: Scene, rng: np.random.Generator, count: int = 5) -> list[SpokenText]:
     """`count` true captions, each of another choice of objects while there are choices left."""
     indices = range(len(scene.objects))
@@ -201,6 +219,16 @@ def swap_colours(caption: SpokenText, scene: Scene) -> SpokenText | None:
     if caption_is_true(facts, scene):
         return None
     return SpokenText(" ".join(words), facts, caption.word_objects, caption.mentioned)
+
+
+def mend_articles(text: str) -> str:
+    """The text with "a" and "an" as the words after them want it: a foil must not be known by an
+    article that was left of the word before."""
+    words = text.split()
+    for place, following in enumerate(words[1:]):
+        if words[place] in ("a", "an"):
+            words[place] = _article(following)
+    return " ".join(words)
 
 
 def caption_is_true(facts: dict[str, Any], scene: Scene) -> bool:
@@ -332,10 +360,14 @@ def _sample_mention(
     before = [before[i] for i in rng.permutation(len(before))]
     noun = _pick(rng, SHAPES[item.shape] if says_shape else ANY_SHAPE)
     phrase = " ".join([*before, noun, *after])
-    article = "an" if phrase[0] in "aeio" else "a"  # no word here begins with a sounded "u"
+    article = _article(phrase)
     if rng.random() < 0.15:
         article = "the"
     return stated, [(word, index) for word in f"{article} {phrase}".split()]
+
+
+def _article(phrase: str) -> str:
+    return "an" if phrase[0] in "aeio" else "a"  # no word here begins with a sounded "u"
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:

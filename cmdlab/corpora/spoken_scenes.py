@@ -38,15 +38,21 @@ PITCHES = (35, 65)  # of espeak-ng's 0 to 99
 
 @dataclass(frozen=True)
 class Preset:
-    """How many images each split has, and how many of them are made at a time."""
+    """How many images each split has, and how many of them are made at a time.
+
+    twins: images 2 i and 2 i + 1 show the same things in the same places, and differ in what
+    belongs to what; only who tells that finds the right one of the two.
+    """
 
     sizes: dict[str, int]
     shard: int
+    twins: bool = False
 
 
 PRESETS = {
     "smoke": Preset({"train": 40, "val": 20, "test": 20}, shard=10),
     "default": Preset({"train": 3_000, "val": 500, "test": 1_000}, shard=100),
+    "twins": Preset({"train": 8_000, "val": 1_000, "test": 1_000}, shard=100, twins=True),
     "large": Preset({"train": 113_287, "val": 5_000, "test": 5_000}, shard=500),
 }
 
@@ -84,12 +90,13 @@ def make_corpus(
     shutil.rmtree(making)
 
 
-def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
+def scene_rng(seed: int, split: str, index: int, *, twins: bool = False) -> np.random.Generator:
     """The random numbers of one image: independent for each seed, split and index.
 
-    `split` is "train", "val", "test", or "pretraining" for scenes outside every corpus.
+    `split` is "train", "val", "test", or "pretraining" for scenes outside every corpus. twins: the
+    numbers of a pair of scenes, by the pair's index.
     """
-    key = (_SPLIT_KEYS[split], index)
+    key = (_SPLIT_KEYS[split], index, 1) if twins else (_SPLIT_KEYS[split], index)
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
@@ -154,6 +161,7 @@ class _Shard:
     split: str
     number: int
     images: range
+    twins: bool
 
     @property
     def name(self) -> str:
@@ -163,7 +171,8 @@ class _Shard:
 def _shards(preset: Preset) -> Iterator[_Shard]:
     for split, size in preset.sizes.items():
         for number, first in enumerate(range(0, size, preset.shard)):
-            yield _Shard(split, number, range(first, min(first + preset.shard, size)))
+            images = range(first, min(first + preset.shard, size))
+            yield _Shard(split, number, images, preset.twins)
 
 
 def _make_shards(making: Path, preset: Preset, seed: int, workers: int) -> None:
@@ -213,7 +222,11 @@ def _make_shard(making: Path, shard: _Shard, seed: int) -> None:
 
     for index in shard.images:
         rng = scene_rng(seed, shard.split, index)
-        scene = scenes.sample_scene(rng)
+        if shard.twins:
+            both = scenes.sample_twins(scene_rng(seed, shard.split, index // 2, twins=True))
+            scene = both[index % 2]
+        else:
+            scene = scenes.sample_scene(rng)
         texts = scenes.sample_captions(scene, rng, CAPTIONS_PER_IMAGE)
         picture, boxes = rendering.render(scene, rng)
         utterances = [_sample_utterance(text.text, shard.split, rng) for text in texts]
@@ -240,11 +253,13 @@ def _make_shard(making: Path, shard: _Shard, seed: int) -> None:
         )
         if shard.split == "test" and (first := next(foils, None)) is not None:
             i, foil = first
-            swapped = replace(utterances[i], text=foil.text)
+            # The presets without twins keep the foils, and so the bytes, that their records have.
+            false = scenes.mend_articles(foil.text) if shard.twins else foil.text
+            swapped = replace(utterances[i], text=false)
             uttid = captions[i]["uttid"]
             wav = f"{sounds}/{uttid}-foil.flac"
             write(wav, _flac(speaking.speak([swapped])[0].samples))
-            entry = {"uttid": f"{uttid}-foil", "foil_of": uttid, "text": foil.text}
+            entry = {"uttid": f"{uttid}-foil", "foil_of": uttid, "text": swapped.text}
             entry |= {"speaker": swapped.voice, "wav": wav}
             lines[_FOILS].append(json.dumps(entry) + "\n")
         objects = [

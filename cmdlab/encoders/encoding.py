@@ -79,7 +79,7 @@ class Encoder:
     @property
     def text(self) -> "Encoder | None":
         """The text encoder of an image encoder's own space, where there is one here."""
-        return TEXT if self == IMAGE else None
+        return None if self.weights else TEXT_OF.get(self.name)
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,22 @@ FAMILIES = {
         *("images", "pixels", "64 × 64 pixels", lambda size: size == (64, 64)),
         *("tiny", "open_tiny"),
     ),
+    "tiny-bindings": Family(
+        *("images", "pixels", "64 × 64 pixels", lambda size: size == (64, 64)),
+        *("bindings", "open_bindings"),
+    ),
     "tiny-speech": Family("speech", "sound", "speech at 16 kHz", _anything, "tiny", "open_tiny"),
     "tiny-words": Family("speech", "words", KNOWN_WORDS, _is_known, "tiny", "open_tiny"),
     "tiny-text": Family("text", "words", KNOWN_WORDS, _is_known, "tiny", "open_tiny"),
+    "tiny-bindings-text": Family(
+        *("text", "words", KNOWN_WORDS, _is_known, "bindings", "open_bindings")
+    ),
     **dict.fromkeys(("hubert-base", "hubert-large", "wavlm-base-plus", "wavlm-large"), _HUBERT),
     **dict.fromkeys(("clip-vit-b-32", "clip-vit-b-16", "clip-vit-l-14"), _CLIP),
     **dict.fromkeys((f"clip-vit-{size}-laion2b" for size in ("b-32", "b-16", "l-14")), _CLIP),
 }
 IMAGE, SPEECH, TEXT = Encoder("tiny-image"), Encoder("tiny-speech"), Encoder("tiny-text")
+TEXT_OF = {"tiny-image": TEXT, "tiny-bindings": Encoder("tiny-bindings-text")}
 
 
 @cache

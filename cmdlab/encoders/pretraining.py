@@ -319,7 +319,10 @@ def _noisy(utterances: Utterances, rows: list[int], step: int) -> tuple[Tensor, 
 
 def save_encoder(encoder: nn.Module, path: Path) -> None:
     """Write the weights in half precision; a text encoder's words go with them."""
-    tensors = {name: value.half() for name, value in encoder.state_dict().items()}
+    tensors = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in encoder.state_dict().items()
+    }
     if isinstance(encoder, TinyTextEncoder):
         words = " ".join(encoder.words).encode()
         tensors["words"] = torch.frombuffer(bytearray(words), dtype=torch.uint8)

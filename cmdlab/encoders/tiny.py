@@ -4,6 +4,7 @@ They stand where CLIP and HuBERT stand in the paper: trained beforehand, then fr
 trained is in `pretraining.py`; their weights and model card lie in `weights/`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ MEL_BANDS = 64
 WINDOW = 400  # samples of a frame of the spectrogram: 25 ms
 HOP = 160  # samples between two frames of the spectrogram: 10 ms
 TOKENS_PER_SECOND = 12.5  # of the speech encoder's output
+NEIGHBOUR = 0.7  # of the words beside a word, in a token of perfect hearing
 KNOWN_WORDS = "the words of SpokenScenes"  # what the encoders of words take
 LETTERS = " abcdefghijklmnopqrstuvwxyz"  # what the speech encoder learnt to spell; 0 is CTC's blank
 
@@ -234,8 +236,9 @@ class TinySpeechEncoder(nn.Module):
 class TinyWordEncoder(nn.Module):
     """A caption's words as tokens, in the place of its speech: perfect hearing.
 
-    A token is a random vector of its word and the sinusoids of its place (Vaswani et al. 2017), so
-    it tells which word stands where and nothing else; nothing of it was trained.
+    A token is a random vector of its word, with 0.7 of those of the words beside it, as a speech
+    encoder's tokens hold their neighbours, and the sinusoids of its place (Vaswani et al. 2017). It
+    tells which words stand where and nothing else; nothing of it was trained.
     """
 
     description = Description("tiny-words", "speech", 1, WIDTH, 0, KNOWN_WORDS, LICENCE)
@@ -257,13 +260,22 @@ class TinyWordEncoder(nn.Module):
 
         Returns states [batch, 1, words, 128], zero beyond the lengths, and the lengths.
         """
-        states = self.table[words] + self.places[: words.shape[1]]
-        states = states * ~padding_mask(lengths, words.shape[1])[..., None]
-        return states[:, None], lengths
+        kept = ~padding_mask(lengths, words.shape[1])[..., None]
+        said = self.table[words] * kept
+        states = with_neighbours(said, NEIGHBOUR) + self.places[: words.shape[1]]
+        return (states * kept)[:, None], lengths
 
     def tokenise(self, texts: list[str]) -> Tensor:
         """Texts to int64 [batch, longest of them]. Raises KeyError for an unknown word."""
         return _numbers(texts, self.index)
+
+
+def with_neighbours(tokens: Tensor, part: float) -> Tensor:
+    """tokens: [batch, length, D] → each with that part of the token before and the one after."""
+    total = tokens.clone()
+    total[:, 1:] += part * tokens[:, :-1]
+    total[:, :-1] += part * tokens[:, 1:]
+    return total
 
 
 def _numbers(texts: list[str], index: dict[str, int]) -> Tensor:
@@ -290,16 +302,23 @@ def open_tiny(name: str, weights: str) -> nn.Module:
         if weights:
             raise InputError(f"{weights}: {name} has no weights; leave speech_weights empty")
         return TinyWordEncoder(vocabulary())
+    if name == "tiny-text":
+        return load_tiny(name, weights, TinyTextEncoder)
+    return load_tiny(name, weights, lambda _: untrained(name))
+
+
+def load_tiny(name: str, weights: str, make: Callable[[tuple[str, ...]], nn.Module]) -> nn.Module:
+    """What `make` makes of the words that a text encoder's file holds, with the file's weights.
+
+    Raises InputError for a file that does not hold them.
+    """
     file = Path(weights) if weights else WEIGHTS / f"{name}.safetensors"
     tensors = read_weights(file).tensors
-    module: nn.Module
     try:
-        if name == "tiny-text":
-            module = TinyTextEncoder(tuple(bytes(tensors.pop("words").tolist()).decode().split()))
-        else:
-            module = untrained(name)
+        words = bytes(tensors.pop("words", torch.zeros(0, dtype=torch.uint8)).tolist()).decode()
+        module = make(tuple(words.split()))
         module.load_state_dict({key: value.float() for key, value in tensors.items()})
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{file}: holds no weights of {name} ({reason}); train them by pretrain_encoders.ipynb"

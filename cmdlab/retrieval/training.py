@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,6 +22,7 @@ from cmdlab.encoders import Description, Features, FeatureStore, OnlineSpeech
 from cmdlab.errors import InputError, check_seed, check_types
 from cmdlab.evaluation import RankTable, rank_table, retrieval_metrics
 from cmdlab.outputs import write_file
+from cmdlab.retrieval.batches import Batches
 from cmdlab.retrieval.denoising import Denoising
 from cmdlab.retrieval.dense import Dense
 from cmdlab.retrieval.losses import Batch, Losses, make_denoisers, training_losses
@@ -48,6 +48,9 @@ class Training:
     epochs: int = parameter(0, "times that training goes through the captions; 0: `steps` counts")
     batch_size: int = parameter(128, "captions of a step, over all processes")
     images: int = parameter(0, "of the training split, drawn by the seed; 0: all")
+    hard_negatives: float = parameter(
+        0.0, "part of a batch, up to 0.5, that looks most like the rest"
+    )
     chunk: int = parameter(
         0, "captions that a process computes at a time, to save memory; 0: all of its own"
     )
@@ -98,6 +101,8 @@ class Training:
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}: {getattr(self, name)} is not at least 0 and finite")
+        if not 0 <= self.hard_negatives <= 0.5:
+            raise InputError(f"hard_negatives: {self.hard_negatives} is not within 0 to 0.5")
         if self.end_learning_rate > self.learning_rate:
             raise InputError(
                 f"end_learning_rate: {self.end_learning_rate} is above learning_rate, "
@@ -157,13 +162,18 @@ def train(
     Raises InputError for a checkpoint of another run, when the loss is not finite, and for a batch
     of fewer captions than there are processes.
     """
-    used = _used_captions(training, train_features)
-    batch_size, batches = _batches_of_epoch(training, used)
+    batches = Batches(
+        train_features,
+        seed=training.seed,
+        batch_size=training.batch_size,
+        images=training.images,
+        hard_negatives=training.hard_negatives,
+    )
     if training.epochs:
-        training = replace(training, steps=training.epochs * batches)
-    if batch_size < process_count():
+        training = replace(training, steps=training.epochs * batches.count)
+    if batches.size < process_count():
         raise InputError(
-            f"batch_size: {batch_size} captions are too few for {process_count()} processes"
+            f"batch_size: {batches.size} captions are too few for {process_count()} processes"
         )
     speech, image = train_features.speech, train_features.image
     shape = Shape(
@@ -222,7 +232,7 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = _learning_rate(step, training)
         if isinstance(train_features.speech, OnlineSpeech) and step + 1 < last:
-            following = _captions_of_step(step + 1, training, used)
+            following = batches.captions(step + 1)
             train_features.speech.read_ahead(
                 _share(following, training, trained).tolist(), _seed_of_step(step + 1, training)
             )
@@ -231,7 +241,7 @@ def train(
             trained,
             training,
             train_features,
-            _captions_of_step(step, training, used),
+            batches.captions(step),
             _seed_of_step(step, training),
             device,
         )
@@ -462,20 +472,6 @@ def _learning_rate(step: int, training: Training) -> float:
     return end + (training.learning_rate - end) * height
 
 
-def _used_captions(training: Training, features: Features) -> np.ndarray:
-    """int64: the captions of the pictures that training uses. Of one seed, fewer pictures are part
-    of more. Raises InputError for more pictures than there are."""
-    there = len(features.image)
-    if training.images > there:
-        raise InputError(
-            f"images: {training.images} are more than the {there} of the training split"
-        )
-    if not training.images:
-        return np.arange(len(features.speech))
-    drawn = np.random.default_rng([training.seed, 1 << 32]).permutation(there)[: training.images]
-    return np.flatnonzero(np.isin(features.image_index.numpy(), drawn))
-
-
 def _seed_of_step(step: int, training: Training) -> int:
     return (_folded(training.seed) * 1_000_003 + step) % 2**64
 
@@ -483,21 +479,6 @@ def _seed_of_step(step: int, training: Training) -> int:
 def _folded(seed: int) -> int:
     """torch's generators read the low 32 bits of a seed alone: the high ones are folded in."""
     return seed ^ (seed >> 32)
-
-
-def _batches_of_epoch(training: Training, used: np.ndarray) -> tuple[int, int]:
-    """The captions of a batch, and how many batches an epoch of the used captions has."""
-    size = min(training.batch_size, len(used))
-    return size, len(used) // size
-
-
-def _captions_of_step(step: int, training: Training, used: np.ndarray) -> Tensor:
-    """The captions of one batch: each epoch is a permutation; the rest of it is dropped."""
-    size, batches = _batches_of_epoch(training, used)
-    epoch, within = divmod(step, batches)
-    rng = np.random.default_rng([training.seed, epoch])
-    order = used[rng.permutation(len(used))]
-    return torch.from_numpy(order[within * size : (within + 1) * size])
 
 
 def _keep_best(trained: Trained, step: int) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmdlab.corpora.scenes import (
+    ATTRIBUTES,
     COLOURS,
     SHAPES,
     SIZES,
@@ -18,9 +19,11 @@ from cmdlab.corpora.scenes import (
     SceneObject,
     SpokenText,
     caption_is_true,
+    mend_articles,
     relation_holds,
     sample_captions,
     sample_scene,
+    sample_twins,
     swap_colours,
     vocabulary,
 )
@@ -164,6 +167,33 @@ def test_a_foil_is_false_and_differs_by_two_colours_that_changed_places(seed):
         assert [mention["colour"] for mention in foil.facts["mentions"][:2]] == colours[::-1]
         assert foil.facts["mentions"][2:] == caption.facts["mentions"][2:]
         assert (foil.word_objects, foil.mentioned) == (caption.word_objects, caption.mentioned)
+
+
+@settings(max_examples=200)
+@given(seeds)
+def test_twins_hold_the_same_things_in_the_same_places_and_differ_in_what_belongs_to_what(seed):
+    first, second = sample_twins(np.random.default_rng(seed))
+    changed = []
+    for name in ATTRIBUTES:
+        values = [[getattr(item, name) for item in scene.objects] for scene in (first, second)]
+        assert Counter(values[0]) == Counter(values[1])
+        if values[0] != values[1]:
+            changed.append((name, sum(a != b for a, b in zip(*values, strict=True))))
+    assert len(changed) == 1
+    name, count = changed[0]
+    assert (name in ("colour", "shape", "texture"), count) == (True, 2)
+
+
+def test_articles_follow_the_words_after_them():
+    assert mend_articles("an red ring and a orange arrow left of the an") == (
+        "a red ring and an orange arrow left of the an"
+    )
+
+
+@given(seeds)
+def test_what_is_said_of_a_scene_has_its_articles_right(seed):
+    _, captions = sampled(seed)
+    assert all(mend_articles(caption.text) == caption.text for caption in captions)
 
 
 def test_most_captions_have_a_foil():

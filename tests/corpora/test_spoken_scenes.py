@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cmdlab.corpora import SPLITS, content_hash, load_corpus
+from cmdlab.corpora import SPLITS, content_hash, load_corpus, read_foils
 from cmdlab.corpora.audio import read_audio
 from cmdlab.corpora.images import read_image
-from cmdlab.corpora.scenes import Scene, SceneObject, caption_is_true
+from cmdlab.corpora.scenes import Scene, SceneObject, caption_is_true, mend_articles
 from cmdlab.corpora.speaking import STUDY_VOICES, TEST_ONLY_VOICES
 from cmdlab.corpora.spoken_scenes import PRESETS, Preset, make_corpus, scene_rng
 from cmdlab.errors import InputError
@@ -42,6 +42,29 @@ def files_below(root: Path) -> dict[str, bytes]:
 
 def identity(root: Path) -> dict:
     return json.loads((root / "corpus.json").read_text())
+
+
+def test_twins_lie_side_by_side_and_their_foils_are_not_known_by_an_article(tmp_path, monkeypatch):
+    sizes = {"train": 4, "val": 2, "test": 12}
+    monkeypatch.setitem(PRESETS, "pairs", Preset(sizes, shard=4, twins=True))
+    make_corpus(tmp_path / "twins", preset="pairs", workers=1)
+    for split, size in sizes.items():
+        scenes = [line["objects"] for line in truth(tmp_path / "twins", split)]
+        assert len(scenes) == size
+        for first, second in zip(scenes[::2], scenes[1::2], strict=True):
+            differ = {
+                name
+                for one, other in zip(first, second, strict=True)
+                for name in one
+                if name != "box" and one[name] != other[name]
+            }
+            assert len(differ) == 1
+            assert differ <= {"colour", "shape", "texture"}
+    foils = read_foils(load_corpus(tmp_path / "twins", "test"))
+    assert foils is not None
+    texts = [caption.text for caption in foils.corpus.captions]
+    assert len(texts) > 6
+    assert texts == [mend_articles(text) for text in texts]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -245,7 +268,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
         (broken / "corpus.json").write_text(content)
         with pytest.raises(InputError, match="remove"):
             make_corpus(broken, preset="smoke")
-    with pytest.raises(InputError, match="use one of smoke, default, large"):
+    with pytest.raises(InputError, match="use one of smoke, default, twins, large"):
         make_corpus(tmp_path / "new", preset="huge")
     with pytest.raises(InputError, match="seed"):
         make_corpus(tmp_path / "new", preset="smoke", seed=-1)

@@ -304,7 +304,7 @@ def test_what_cannot_be_encoded_is_refused(corpus, tmp_path):
     with pytest.raises(InputError, match=r"of SpokenScenes, not 'octopus'; no encoder here takes"):
         encode(TEXT, octopus, HEARING)
     with pytest.raises(
-        InputError, match="not an item of type Caption; tiny-speech, tiny-words, tiny-text, hubert"
+        InputError, match="not an item of type Caption; tiny-speech, tiny-words, tiny-text, tiny-b"
     ):
         encode(IMAGE, octopus, HEARING)
     with pytest.raises(InputError, match="type Image; tiny-image, clip-vit-b-32, "):

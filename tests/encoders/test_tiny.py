@@ -103,10 +103,12 @@ def test_perfect_hearing_tells_which_word_stands_where_and_nothing_else():
     states, lengths = words(ids, torch.tensor([3, 2]))
     assert (states.shape, lengths.tolist()) == ((2, 1, 3, 128), [3, 2])
     assert (states[1, 0, 2] == 0).all()  # padding
-    place = states[0, 0, 1] - states[1, 0, 0]  # of "red", second and first
-    assert torch.allclose(place, states[1, 0, 1] - states[0, 0, 0], atol=1e-5)  # and of "a"
-    assert place.norm() > 1
-    assert (states[0, 0, 0] - states[1, 0, 0]).norm() > 1  # other words in the same place
+    a, red, star = words.table
+    said = states[0, 0] - words.places[:3]
+    expected = torch.stack((a + 0.7 * red, red + 0.7 * (a + star), star + 0.7 * red))
+    assert torch.allclose(said, expected, atol=1e-5)
+    assert torch.allclose(states[1, 0, 1] - words.places[1], a + 0.7 * red, atol=1e-5)
+    assert torch.pdist(words.places[:3]).min() > 1
 
 
 def test_speech_is_encoded_alike_alone_and_padded(speech):

@@ -188,36 +188,6 @@ def test_arms_of_a_seed_start_from_the_same_heads_and_see_the_same_batches(run):
     assert len(set(curves[0])) == 11  # batches differ from each other, over the epochs too
 
 
-def test_an_epoch_takes_no_caption_twice(features):
-    from cmdlab.retrieval.training import _captions_of_step, _used_captions
-
-    used = _used_captions(CONTRASTIVE, features)
-    steps = [_captions_of_step(step, CONTRASTIVE, used) for step in range(10)]
-    assert sorted(torch.cat(steps[:5]).tolist()) == list(range(40))
-    assert sorted(torch.cat(steps[5:]).tolist()) == list(range(40))
-    assert not torch.equal(steps[0], steps[5])
-    whole = _captions_of_step(1, replace(CONTRASTIVE, batch_size=999), used)
-    assert sorted(whole.tolist()) == list(range(40))
-
-
-def test_fewer_pictures_bring_all_of_their_captions_and_are_part_of_more(features):
-    from cmdlab.retrieval.training import _captions_of_step, _used_captions
-
-    of = {}
-    for images in (2, 5):
-        training = replace(CONTRASTIVE, images=images, batch_size=999)
-        used = _used_captions(training, features)
-        of[images] = set(features.image_index[used].tolist())
-        assert len(of[images]) == images
-        assert sorted(used) == [
-            i for i, image in enumerate(features.image_index.tolist()) if image in of[images]
-        ]
-        assert sorted(_captions_of_step(3, training, used).tolist()) == sorted(used)
-    assert of[2] < of[5]
-    with pytest.raises(InputError, match="images: 99 are more than the"):
-        _used_captions(replace(CONTRASTIVE, images=99), features)
-
-
 def test_epochs_count_instead_of_steps(run):
     two = run(replace(CONTRASTIVE, epochs=2))  # of five batches
     assert two.curve[-1]["step"] == 10
