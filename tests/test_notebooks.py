@@ -93,6 +93,31 @@ def test_the_parameters_of_training_are_told_alike_in_the_notebook_and_by_the_co
         assert comments[name] == known[name].line
 
 
+def test_each_parameter_of_training_reaches_it():
+    notebook = ROOT / "notebooks" / "train.ipynb"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    [recipe] = [source for cell in cells if "Training(" in (source := "".join(cell["source"]))]
+    known = parameters_of([Training, Denoising])
+    usual = {one.name: one.default for one in known} | {"smoke": False}
+
+    def made(**changed: Any) -> Training:
+        names = {"Training": Training, "Denoising": Denoising} | usual | changed
+        exec(recipe, names)
+        return names["training"]
+
+    for one in known:
+        if one.choices:
+            other = next(choice for choice in one.choices if choice != one.default)
+        elif isinstance(one.default, bool):
+            other = not one.default
+        else:
+            other = one.default + (0.005 if isinstance(one.default, float) else 1)
+        training = made(**{one.name: other})
+        assert training != made(), one.name
+        holder = training if hasattr(training, one.name) else training.denoising
+        assert getattr(holder, one.name) == other
+
+
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)
 def test_a_stored_sweep_fits_its_notebook(file, smoke_corpus):
     listing, cells = read_sweep(file, overrides={"corpus": str(smoke_corpus)})

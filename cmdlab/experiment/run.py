@@ -53,10 +53,13 @@ from cmdlab.retrieval import (
     embed_speech,
     first_process_first,
     is_first_process,
+    make_batch,
     parameters_of,
+    restoration_by_context,
     train,
 )
 
+RESTORED = (8, 128)  # batches and their captions, for what restoring draws from the other side
 POINTED_CAPTIONS = 500  # of the test split, for the pointing game
 LONGEST_HEARD = 102_400  # samples of a caption in training, where speech is encoded online
 
@@ -253,6 +256,7 @@ def measure(
         ),
         "text_ceiling": text_ceiling(data),
         "learning_curve": trained.curve,
+        "restoration": restoration(data.validation, trained) if training.weight else None,
         "cost": {
             "trainable_parameters": _count(model, trained.denoisers, trained.competitor),
             "denoiser_parameters": _count(trained.denoisers),
@@ -290,6 +294,23 @@ def measure(
     write_json(run_folder / "settings.json", asdict(training))
     write_json(run_folder / "result.json", result)
     return result
+
+
+def restoration(features: Features, trained: Trained) -> dict[str, float]:
+    """The mean of `restoration_by_context` over some batches of a split, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    count, size = RESTORED
+    order = torch.randperm(len(features.speech), generator=generator)
+    batches = order[: count * size].split(size)
+    batches = batches[: max(1, len(order) // size)]  # a short one weighs more than it should
+    trained.denoisers.cpu()
+    found = [
+        restoration_by_context(
+            trained.model, trained.denoisers, make_batch(features, rows, "cpu"), generator
+        )
+        for rows in batches
+    ]
+    return {name: statistics.fmean(one[name] for one in found) for name in found[0]}
 
 
 def foil_result(

@@ -91,7 +91,8 @@ def read_result(path: Path) -> dict[str, Any]:
     """The checked content of the result.json that a notebook writes. Raises InputError."""
     result = _read_json(path)
     _check(result, _RESULT, path)
-    return {key: result[key] for key in _RESULT}
+    known = [key.removesuffix("?") for key in _RESULT]
+    return {key: result[key] for key in known if key in result}
 
 
 def write_listing(path: Path, listing: dict[str, Any]) -> None:
@@ -156,8 +157,10 @@ _RESULT: dict[str, Any] = {
             "denoising": (float, None),
             "temperature": (float, None),
             "validation_mean_R@1": (float, None),
+            "gradient_cosine?": (float, None),
         }
     ],
+    "restoration?": ({"own": float, "other": float}, None),
     "cost": {
         "trainable_parameters": int,
         "denoiser_parameters": int,

@@ -1,6 +1,7 @@
 """What is trained: the retrieval model; in training a denoiser beside it; losses and the loop."""
 
 from cmdlab.retrieval.denoising import Denoising
+from cmdlab.retrieval.diagnosis import restoration_by_context
 from cmdlab.retrieval.model import Frozen, RetrievalModel
 from cmdlab.retrieval.parallel import first_process_first, is_first_process, joined
 from cmdlab.retrieval.recipe import parameters_of
@@ -11,6 +12,7 @@ from cmdlab.retrieval.training import (
     embed,
     embed_images,
     embed_speech,
+    make_batch,
     rank,
     time_step,
     train,
@@ -29,8 +31,10 @@ __all__ = [
     "first_process_first",
     "is_first_process",
     "joined",
+    "make_batch",
     "parameters_of",
     "rank",
+    "restoration_by_context",
     "time_step",
     "train",
 ]

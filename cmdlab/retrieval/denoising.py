@@ -40,16 +40,20 @@ class Denoising:
     item of the batch ("swap"), by itself with noise of its own standard deviation ("gaussian"), by
     a learnt token ("mask"), or by another one of the same item ("shuffle"); where there is no other
     one it stays. rate: the fraction of an item's tokens. target: the clean "tokens" at those
-    places, or the item's mean token ("pooled"). depth: the number of cross-attentions. context: the
-    tokens attended to are those of the item's "own" other side or, as a control that leaves all
-    but the pairing as it is, of the batch's row before it ("other").
+    places, or the item's mean token ("pooled"). depth: the number of cross-attentions.
+
+    The rest are controls, each of which leaves all but one thing as it is. corruption "none": the
+    places are chosen and judged, and their tokens stay. context: the tokens attended to are those
+    of the item's own other side, those of the batch's row before it ("other"), or one learnt token
+    for all ("none"). target_of: what is to be restored is the item's own, or of the row before it.
+    gradient: the loss reaches the trained heads of both sides, or of one alone.
     """
 
     direction: str = parameter(
         "image", "which side is corrupted", choices=("image", "speech", "both")
     )
     corruption: str = parameter(
-        "mask", "what becomes of a token", choices=("swap", "gaussian", "mask", "shuffle")
+        "mask", "what becomes of a token", choices=("swap", "gaussian", "mask", "shuffle", "none")
     )
     rate: float = parameter(0.1, "fraction of the tokens that is corrupted, above 0, at most 1")
     target: str = parameter("pooled", "what is to be restored", choices=("tokens", "pooled"))
@@ -61,8 +65,14 @@ class Denoising:
     depth: int = parameter(2, "cross-attentions of the denoiser")
     context: str = parameter(
         "own",
-        "whose other side is attended to, another pair's as a control",
-        choices=("own", "other"),
+        "whose other side is attended to",
+        choices=("own", "other", "none"),
+    )
+    target_of: str = parameter("own", "whose tokens are to be restored", choices=("own", "other"))
+    gradient: str = parameter(
+        "both",
+        "the side whose head the loss reaches",
+        choices=("both", "corrupted", "attended"),
     )
 
     def __post_init__(self) -> None:
@@ -98,6 +108,8 @@ class Reading(NamedTuple):
     lengths: Tensor  # int64 [batch]
     context: Tensor  # [batch, K, context_width] of the other modality
     context_lengths: Tensor  # int64 [batch]
+    target: Tensor  # [batch, T, width], clean, of which the restored are to be
+    target_lengths: Tensor  # int64 [batch]
     head: Callable[[Tensor], Tensor] | None  # reads the corrupted tokens and gives as many
 
 
@@ -128,28 +140,17 @@ class Denoiser(nn.Module):
             )
             for _ in range(settings.depth - 1)
         )
+        if settings.context == "none":
+            self.constant = nn.Parameter(0.02 * torch.randn(1, context_width))
 
-    def forward(
-        self,
-        tokens: Tensor,
-        lengths: Tensor,
-        context: Tensor,
-        context_lengths: Tensor,
-        item_id: Tensor,
-        generator: torch.Generator,
-        head: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, reading: Reading, item_id: Tensor, generator: torch.Generator) -> Tensor:
         """The restoration loss of a batch, 0-d.
 
-        tokens: [batch, T, width], clean, to be corrupted; context: [batch, K, context_width] of the
-        other modality; lengths: int64 [batch] of each; item_id: int64 [batch], alike where tokens
-        are of the same item. `generator` decides the corruption. `head` reads the corrupted tokens
-        and gives as many; without one the denoiser reads them itself. The targets take no gradient.
+        item_id: int64 [batch], alike where tokens are of the same item. `generator` decides the
+        corruption. Whose context and target `reading` holds, `readings` has chosen.
         """
-        corrupted = corrupt(tokens, lengths, item_id, self.settings, self.mask, generator)
-        if self.settings.context == "other":
-            context, context_lengths = context.roll(1, 0), context_lengths.roll(1)
-        reading = Reading(tokens, lengths, context, context_lengths, head)
+        tokens = reading.tokens
+        corrupted = corrupt(tokens, reading.lengths, item_id, self.settings, self.mask, generator)
         if self.settings.loss != "info_nce":
             return self.judge(corrupted, reading)
         chosen = compared(len(corrupted.item), generator)
@@ -158,24 +159,22 @@ class Denoiser(nn.Module):
         return self.compare(restored[chosen], target[chosen], ids[chosen])
 
     def judge(self, corrupted: Corruption, reading: Reading) -> Tensor:
-        """The mean loss of the corrupted places, 0-d, each judged by itself: all but "info_nce".
-
-        The context of each item is what `reading` has for it, whatever the settings say.
-        """
+        """The mean loss of the corrupted places, 0-d, each judged by itself: all but "info_nce"."""
         loss = self.settings.loss
-        target, target_index = self._target(reading.tokens, reading.lengths, corrupted)
+        target, target_index = self._target(reading, corrupted)
         if self.settings.depth > 1:
             restored = self._restore(corrupted, reading)
             return restoration_loss(restored, target, target_index, loss=loss)  # type: ignore[arg-type]
         corrupted = self._read(corrupted, reading)
+        context, context_lengths = self._context(reading)
         return denoising_attention(
             _narrow(corrupted.table),
             corrupted.index,
             _narrow(self.position),
             corrupted.place.clamp(max=len(self.position) - 1),
             corrupted.item,
-            _narrow(reading.context),
-            reading.context_lengths,
+            _narrow(context),
+            context_lengths,
             self._projections(0),
             self.heads,
             _narrow(target),
@@ -185,7 +184,7 @@ class Denoiser(nn.Module):
 
     def restore(self, corrupted: Corruption, reading: Reading) -> tuple[Tensor, Tensor]:
         """The restored places [P, width] and what they were to be, which takes no gradient."""
-        target, target_index = self._target(reading.tokens, reading.lengths, corrupted)
+        target, target_index = self._target(reading, corrupted)
         return self._restore(corrupted, reading), target[target_index]
 
     def compare(self, restored: Tensor, target: Tensor, target_id: Tensor) -> Tensor:
@@ -201,23 +200,42 @@ class Denoiser(nn.Module):
         )
 
     def target_id(self, item_id: Tensor, item: Tensor, place: Tensor, longest: int) -> Tensor:
-        """For each corrupted place the id of its target; equal targets of one item have one id."""
+        """For each corrupted place the id of its target; equal targets of one item have one id.
+
+        item_id: int64 [N] of the whole batch.
+        """
         places = longest if self.settings.target == "tokens" else 1
+        if self.settings.target_of == "other":
+            item_id = item_id.roll(1)
         return item_id[item] * places + place % places
 
     def _read(self, corrupted: Corruption, reading: Reading) -> Corruption:
-        return corrupted.read_by(reading.head, reading.tokens) if reading.head else corrupted
+        if reading.head is None:
+            return corrupted
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() and self.settings.gradient != "attended"
+        ):
+            return corrupted.read_by(reading.head, reading.tokens)
+
+    def _context(self, reading: Reading) -> tuple[Tensor, Tensor]:
+        """What is attended to [batch, K, context_width], and how many tokens of it."""
+        if self.settings.context == "none":
+            lengths = torch.ones_like(reading.context_lengths)
+            return self.constant.expand(len(lengths), 1, -1), lengths
+        alone = self.settings.gradient == "corrupted"
+        return reading.context.detach() if alone else reading.context, reading.context_lengths
 
     def _restore(self, corrupted: Corruption, reading: Reading) -> Tensor:
         corrupted = self._read(corrupted, reading)
+        context, context_lengths = self._context(reading)
         place = corrupted.place.clamp(max=len(self.position) - 1)
         restored = corrupted.table[corrupted.index] + self.position[place]
         for i in range(self.settings.depth):
             restored = cross_attention(
                 _narrow(restored),
                 corrupted.item,
-                _narrow(reading.context),
-                reading.context_lengths,
+                _narrow(context),
+                context_lengths,
                 self._projections(i),
                 self.heads,
             )
@@ -228,14 +246,15 @@ class Denoiser(nn.Module):
     def _projections(self, i: int) -> Projections:
         return Projections(*map(_narrow, (self.query[i], self.key_value[i], self.output[i])))
 
-    def _target(self, tokens: Tensor, lengths: Tensor, to: Corruption) -> tuple[Tensor, Tensor]:
+    def _target(self, reading: Reading, to: Corruption) -> tuple[Tensor, Tensor]:
         """The table of clean features, without gradient, and each corrupted place's row in it."""
-        clean = tokens.detach()
+        clean, lengths = reading.target.detach(), reading.target_lengths.clamp(min=1)
         if self.settings.target == "tokens":
-            return clean.flatten(0, 1), to.item * tokens.shape[1] + to.place
-        valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+            place = to.place % lengths[to.item]  # another's may be fewer
+            return clean.flatten(0, 1), to.item * clean.shape[1] + place
+        valid = torch.arange(clean.shape[1], device=clean.device) < reading.target_lengths[:, None]
         total = clean.masked_fill(~valid[..., None], 0).sum(1)
-        return total / lengths.clamp(min=1)[:, None], to.item
+        return total / lengths[:, None], to.item
 
 
 def _narrow(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The loss of a training step: contrastive, and restoration beside it."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 from cmdlab_kernels.info_nce import info_nce
@@ -54,11 +55,12 @@ def training_losses(
     if not len(denoisers):
         return Losses(contrastive, contrastive, None)
     item_id = item_ids(batch.image_id)
-    restoration = []
-    for side, reading in readings(model, batch, encoded).items():
-        if side in denoisers:
-            *sides, head = reading
-            restoration.append(denoisers[side](*sides, item_id[side], generator, head))
+    reading = readings(model, batch, encoded, settings_of(denoisers))
+    restoration = [
+        denoisers[side](reading[side], item_id[side], generator)
+        for side in reading
+        if side in denoisers
+    ]
     denoising = torch.stack(restoration).mean()
     return Losses(contrastive + weight * denoising, contrastive, denoising)
 
@@ -85,33 +87,60 @@ def encode(model: RetrievalModel, batch: Batch) -> Encoded:
 
 
 def readings(
-    model: RetrievalModel, batch: Batch, encoded: Encoded, behind: int = 0
+    model: RetrievalModel,
+    batch: Batch,
+    encoded: Encoded,
+    settings: Denoising | None,
+    behind: int = 0,
 ) -> dict[str, Reading]:
     """What the denoiser of either side reads; "image" first, as they are drawn for.
 
-    The context of each row is its own other side, or with `behind` that of the row so far before
-    it; the first rows, which have none then, are left out.
+    The settings say where the context or the target of a row is that of the row before it. That of
+    the first one is the last one's, or with `behind` the first `behind` rows are left out: they are
+    there for those after them alone.
     """
+    if settings is None:
+        return {}
     lengths = batch.lengths
     patches = torch.full_like(lengths, encoded.image_tokens.shape[1])
-    last = len(lengths) - behind
     head = model.speech_head
+
+    def chosen(tensor: Tensor, whose: str) -> Tensor:
+        return (tensor.roll(1, 0) if whose == "other" else tensor)[behind:]
+
+    def reading(
+        tokens: Tensor,
+        lengths: Tensor,
+        context: tuple[Tensor, Tensor],
+        reads: Callable[[Tensor], Tensor] | None,
+    ) -> Reading:
+        return Reading(
+            *(chosen(tokens, "own"), chosen(lengths, "own")),
+            *(chosen(context[0], settings.context), chosen(context[1], settings.context)),
+            *(chosen(tokens, settings.target_of), chosen(lengths, settings.target_of)),
+            reads,
+        )
+
+    pools = model.image_head.pools_patches
     return {
-        "image": Reading(
-            batch.patches[behind:],
-            patches[behind:],
-            encoded.speech_tokens[:last],
-            lengths[:last],
-            model.image_head.contextualise if model.image_head.pools_patches else None,
+        "image": reading(
+            *(batch.patches, patches),
+            (encoded.speech_tokens, lengths),
+            model.image_head.contextualise if pools else None,
         ),
-        "speech": Reading(
-            encoded.mixed.detach()[behind:],
-            lengths[behind:],
-            encoded.image_tokens[:last],
-            patches[:last],
-            lambda tokens: head.contextualise(tokens, lengths[behind:]),
+        "speech": reading(
+            *(encoded.mixed.detach(), lengths),
+            (encoded.image_tokens, patches),
+            lambda tokens: head.contextualise(tokens, chosen(lengths, "own")),
         ),
     }
+
+
+def settings_of(denoisers: nn.ModuleDict) -> Denoising | None:
+    """Those of all denoisers of a run, which are alike; None where there is none."""
+    for one in denoisers.values():
+        return cast(Denoiser, one).settings
+    return None
 
 
 def item_ids(image_id: Tensor) -> dict[str, Tensor]:

@@ -34,7 +34,14 @@ from cmdlab.retrieval.denoising import (
     corruption,
     draw,
 )
-from cmdlab.retrieval.losses import Batch, Losses, encode, item_ids, readings
+from cmdlab.retrieval.losses import (
+    Batch,
+    Losses,
+    encode,
+    item_ids,
+    readings,
+    settings_of,
+)
 from cmdlab.retrieval.model import RetrievalModel
 
 
@@ -103,7 +110,7 @@ def check_alike(number: int, device: str, message: str) -> None:
 def rows_of_process(total: int, denoisers: nn.ModuleDict) -> Tensor:
     """The rows, int64 [n], of a batch of `total` pairs that this process loads: those of its share.
 
-    Where a denoiser attends to the row before, as a control, that of the first one comes first.
+    Where a denoiser needs the row before, as a control, that of the first one comes first.
     """
     share = _share(total)
     return torch.arange(int(share[0]) - _behind(denoisers), int(share[-1]) + 1) % total
@@ -131,7 +138,7 @@ def backward_in_shares(
     so dropout is the same in both of its forward passes.
     """
     device, seed = model.log_scale.device, generator.initial_seed()
-    behind, share = _behind(denoisers), _share(total)
+    settings, behind, share = settings_of(denoisers), _behind(denoisers), _share(total)
     chunks = [(int(own[0]), int(own[-1]) + 1) for own in share.split(chunk or len(share))]
     whole = len(chunks) == 1  # then its graph is kept, and nothing is computed twice
     lengths, image_id = loaded.lengths.new_zeros(2, total, device=device)
@@ -156,7 +163,11 @@ def backward_in_shares(
         batch = _part(loaded, begin, last - first + begin + behind, device)
         with torch.set_grad_enabled(graph), autocast():
             made = encode(model, batch)
-        return made.speech[behind:], made.image[behind:], readings(model, batch, made, behind)
+        return (
+            made.speech[behind:],
+            made.image[behind:],
+            readings(model, batch, made, settings, behind),
+        )
 
     @lru_cache(maxsize=max(len(restorations), 1))
     def restored(side: str, first: int, last: int, graph: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,8 +291,9 @@ def _share(total: int) -> Tensor:
 
 
 def _behind(denoisers: nn.ModuleDict) -> int:
-    """1 where a row's context is that of the row before it, else 0."""
-    return int(any(cast(Denoiser, one).settings.context == "other" for one in denoisers.values()))
+    """1 where a row's context or target is that of the row before it, else 0."""
+    settings = settings_of(denoisers)
+    return int(settings is not None and "other" in (settings.context, settings.target_of))
 
 
 def _part(batch: Batch, first: int, last: int, device: torch.device) -> Batch:

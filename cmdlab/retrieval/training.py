@@ -25,6 +25,7 @@ from cmdlab.outputs import write_file
 from cmdlab.retrieval.batches import Batches
 from cmdlab.retrieval.denoising import Denoising
 from cmdlab.retrieval.dense import Dense
+from cmdlab.retrieval.diagnosis import gradient_cosine
 from cmdlab.retrieval.losses import Batch, Losses, make_denoisers, training_losses
 from cmdlab.retrieval.matching import Matching
 from cmdlab.retrieval.model import RetrievalModel, Shape
@@ -237,13 +238,9 @@ def train(
                 _share(following, training, trained).tolist(), _seed_of_step(step + 1, training)
             )
         optimiser.zero_grad(set_to_none=True)
+        captions = batches.captions(step)
         losses = _backward(
-            trained,
-            training,
-            train_features,
-            batches.captions(step),
-            _seed_of_step(step, training),
-            device,
+            trained, training, train_features, captions, _seed_of_step(step, training), device
         )
         if not math.isfinite(losses.total.item()):
             raise InputError(
@@ -269,6 +266,11 @@ def train(
                     "denoising": losses.denoising.item() if losses.denoising is not None else None,
                     "temperature": 1 / model.scale.item(),
                     "validation_mean_R@1": trained.validation["mean_R@1"] if validates else None,
+                    "gradient_cosine": (
+                        _cosine(trained, training, train_features, captions, device, step)
+                        if validates and training.weight and not _is_shared(training)
+                        else None
+                    ),
                 }
             )
         if checkpoint is not None and validates:
@@ -313,6 +315,21 @@ def _backward(
         )
     losses.total.backward()
     return losses
+
+
+def _cosine(
+    trained: Trained,
+    training: Training,
+    features: Features,
+    captions: Tensor,
+    device: str,
+    step: int,
+) -> float | None:
+    """`gradient_cosine` on the captions of a step, after it."""
+    seed = _seed_of_step(step, training)
+    batch = make_batch(features, captions, device, seed)
+    generator = torch.Generator().manual_seed(seed)
+    return gradient_cosine(trained.model, trained.denoisers, batch, generator)
 
 
 def _is_shared(training: Training) -> bool:

@@ -40,6 +40,11 @@ POINTS = {
     "gaussian": Denoising("both", "gaussian", 0.5, loss="cosine"),
     "shuffle, other": Denoising("both", "shuffle", 0.5, context="other"),
     "mask, InfoNCE": Denoising("both", "mask", 0.5, "tokens", "info_nce"),
+    "nothing, other's target": Denoising("both", "none", 0.5, "tokens", target_of="other"),
+    "swap, no context": Denoising("both", "swap", 0.5, context="none", gradient="corrupted"),
+    "mask, InfoNCE, other's target": Denoising(
+        *("both", "mask", 0.5, "tokens", "info_nce"), target_of="other", gradient="attended"
+    ),
     "swap, InfoNCE, other": Denoising("both", "swap", 0.2, "pooled", "info_nce", context="other"),
 }
 TEN = Training(
