@@ -10,6 +10,7 @@ from cmdlab.reporting.claim import claim, meaning
 from cmdlab.reporting.examples import Examples, map_blocks, queries_html, read_examples
 from cmdlab.reporting.numbers import duration
 from cmdlab.reporting.page import Figure, Section, Table, bullets, paragraph, write_page
+from cmdlab.reporting.restoring import restoring_section
 from cmdlab.reporting.study import HEADLINE, ArmComparison, Study, read_study
 from cmdlab.reporting.voices import voices_section
 
@@ -25,7 +26,7 @@ def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None
     study = read_study(runs, title=title)
     comparisons = study.comparisons()
     examples = read_examples(study)
-    voices = voices_section(study)
+    voices, restoring = voices_section(study), restoring_section(study)
     cells = len(study.runs) + len(study.lost)
     corpora = sorted({run.record["corpus"]["name"] for run in study.runs})
     write_page(
@@ -42,6 +43,7 @@ def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None
             _curves(study),
             _cost(study),
             _alignment(study),
+            *([restoring] if restoring else []),
             *([voices] if voices else []),
             _examples(study, examples),
             _maps(examples),

@@ -67,9 +67,8 @@ def meaning(study: Study) -> Markup:
 
 
 def _asked(study: Study) -> list[Markup]:
-    others = [arm for arm in study.finished_arms if arm != study.baseline]
     corpus = study.of(study.baseline)[0].record["corpus"]
-    counts = {len(study.of(arm)) for arm in study.finished_arms}
+    counts = {len(study.of(arm)) for arm in (study.baseline, *study.compared_arms)}
     seeds = " to ".join(str(end) for end in sorted({min(counts), max(counts)}))
     return [
         Markup(DENOISING_ASKED) if any(map(_denoises, study.runs)) else escape(study.title),
@@ -77,7 +76,7 @@ def _asked(study: Study) -> list[Markup]:
             "{} compared with {} on {}, with {} an arm and {} test images, by mean R@1, the mean "
             "of both directions."
         ).format(
-            _plural(len(others), "arm is", "arms are"),
+            _plural(len(study.compared_arms), "arm is", "arms are"),
             _arm(study.baseline),
             corpus["name"],
             f"{seeds} {'seed' if seeds == '1' else 'seeds'}",
@@ -172,7 +171,7 @@ def _failed(study: Study, comparisons: Sequence[ArmComparison]) -> list[Markup]:
         sentences.append(
             Markup("Nothing: every arm is separated above zero, and every cell finished.")
         )
-    if min(len(study.of(arm)) for arm in study.finished_arms) < SEEDS_TO_PUBLISH:
+    if min(len(study.of(arm)) for arm in (study.baseline, *study.compared_arms)) < SEEDS_TO_PUBLISH:
         sentences.append(
             Markup(
                 "Not every arm has {} seeds, so this is an indication, not a result to publish."

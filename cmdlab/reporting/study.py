@@ -84,7 +84,10 @@ class ArmComparison:
 
 @dataclass(frozen=True)
 class Study:
-    """Finished runs and lost cells of one sweep, the baseline first among the arms."""
+    """Finished runs and lost cells of one sweep, the baseline first among the arms.
+
+    `ceilings` are arms that no method can be, as perfect hearing: shown last, compared with none.
+    """
 
     title: str
     baseline: str
@@ -95,6 +98,7 @@ class Study:
     axis_base: str | None
     axis_names: tuple[str, ...]
     chosen_arms: frozenset[str]
+    ceilings: frozenset[str]
 
     def of(self, arm: str) -> list[Run]:
         """The finished runs of an arm, in the order of their seeds."""
@@ -103,6 +107,11 @@ class Study:
     @cached_property
     def finished_arms(self) -> list[str]:
         return [arm for arm in self.arms if self.of(arm)]
+
+    @cached_property
+    def compared_arms(self) -> list[str]:
+        """The finished arms that stand against the baseline."""
+        return [arm for arm in self.finished_arms if arm not in {self.baseline, *self.ceilings}]
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -126,8 +135,7 @@ class Study:
     @cached_property
     def best_on_validation(self) -> str | None:
         """The arm, other than the baseline, with the highest mean R@1 on the validation set."""
-        others = [arm for arm in self.finished_arms if arm != self.baseline]
-        return max(others, key=self.validation, default=None)
+        return max(self.compared_arms, key=self.validation, default=None)
 
     @cached_property
     def parameters(self) -> dict[str, dict[str, Any]]:
@@ -161,8 +169,8 @@ class Study:
         return dict(sorted(axes.items(), key=lambda axis: named.get(axis[0], len(named))))
 
     def comparisons(self, metric: str = HEADLINE) -> list[ArmComparison]:
-        """Every other finished arm against the baseline: same seeds, same queries."""
-        found = [self._compare(arm, metric) for arm in self.finished_arms if arm != self.baseline]
+        """Every arm of `compared_arms` against the baseline: same seeds, same queries."""
+        found = [self._compare(arm, metric) for arm in self.compared_arms]
         adjusted: dict[str, float] = {}
         for planned in (True, False):
             family = [one for one in found if one.planned == planned and one.result is not None]
@@ -200,8 +208,8 @@ class Study:
 def read_study(sources: Sequence[Path], *, title: str | None = None) -> Study:
     """The study in `sources`: sweep listings, folders of runs, or run folders, as `load_records`.
 
-    The first listing gives title, baseline and axes, and may hold `planned` and
-    `chosen_on_validation`, two lists of arms. Without `planned` every comparison is a planned one.
+    The first listing gives title, baseline and axes, and may hold `planned`, `ceilings` and
+    `chosen_on_validation`, lists of arms. Without `planned` every comparison is a planned one.
     Raises InputError where the baseline has no finished run, ranks contradict their record, or two
     different runs stand for one arm and seed.
     """
@@ -240,17 +248,19 @@ def read_study(sources: Sequence[Path], *, title: str | None = None) -> Study:
             "cells, or name another arm as the sweep's baseline"
         )
     listed = [str(cell["arm"]) for sweep in found.sweeps for cell in sweep["cells"]]
+    ceilings = frozenset(map(str, listing.get("ceilings") or []))
     arms = dict.fromkeys([baseline, *listed, *(arm for arm, _ in places)])
     return Study(
         title=title or listing.get("title") or "Ablation report",
         baseline=baseline,
-        arms=tuple(arms),
+        arms=tuple(sorted(arms, key=lambda arm: arm in ceilings)),
         runs=tuple(runs.values()),
         lost=tuple(lost.values()),
         planned=frozenset(map(str, listing.get("planned", arms))),
         axis_base=_axis_base(listing.get("axes") or {}),
         axis_names=tuple(listing.get("axes") or ()),
         chosen_arms=frozenset(map(str, listing.get("chosen_on_validation") or [])),
+        ceilings=ceilings,
     )
 
 

@@ -38,7 +38,7 @@ def main_table(study: Study) -> Table:
             cells.append(f"{np.mean([result['MRR'] for result in results]):.3f}")
         links = Markup('<span class="interval">{}</span>').format(record_links(runs))
         cells.append(Markup("{}{}").format(len(runs), links))
-        rows.append(Row(cells, "baseline" if arm == study.baseline else ""))
+        rows.append(Row(cells, _kind(study, arm)))
     ceilings = [
         *_ceiling_rows(study, "ceiling", "All-knowing system (corpus ceiling)"),
         *_ceiling_rows(study, "text_ceiling", "Text ceiling: text → image, same frozen encoder"),
@@ -148,7 +148,7 @@ def cost_table(study: Study) -> Table:
                     _spread(costs, "inference_ms", lambda ms: f"{ms:.2f}"),
                     record_links(runs),
                 ],
-                "baseline" if arm == study.baseline else "",
+                _kind(study, arm),
             )
         )
     training = ("time, s", "steps", "memory, MiB", "parameters", "denoiser")
@@ -190,7 +190,7 @@ def retrieval_cost_table(study: Study) -> Table:
                 _spread(costs[arm], "retrieval_ms_per_query", lambda ms: f"{ms:.2g}"),
                 record_links(study.of(arm)),
             ],
-            "baseline" if arm == study.baseline else "",
+            _kind(study, arm),
         )
         for arm in sorted(costs, key=lambda arm: flops[arm])
     ]
@@ -294,9 +294,16 @@ def _text_foil_rows(study: Study) -> list[Row]:
 
 
 def arm_label(study: Study, arm: str) -> str:
-    """The arm's name, with a dagger on the best of the validation set."""
+    """The arm's name, with a dagger on the best of the validation set, or said to be a ceiling."""
+    if arm in study.ceilings:
+        return f"{arm} (ceiling)"
     chosen = arm == study.best_on_validation or arm in study.chosen_arms
     return f"{arm} †" if chosen else arm
+
+
+def _kind(study: Study, arm: str) -> str:
+    """How an arm's row is set."""
+    return "reference" if arm in study.ceilings else "baseline" if arm == study.baseline else ""
 
 
 def record_links(runs: Iterable[Run], texts: Iterable[str] | None = None) -> Markup:

@@ -16,7 +16,10 @@ from cmdlab.errors import InputError, check_seed
 from cmdlab.records import SCHEMA, source_sha256
 from cmdlab.sweeps.notebooks import Notebook, read_notebook
 
-KEYS = ("notebook", "title", "baseline", "planned", "fixed", "seeds", "arms", "axes", "grid")
+KEYS = (
+    *("notebook", "title", "baseline", "planned", "ceilings"),
+    *("fixed", "seeds", "arms", "axes", "grid"),
+)
 OWN_PARAMETERS = ("seed", "smoke", "run_folder")  # the sweep itself sets them
 
 
@@ -53,9 +56,12 @@ def read_sweep(
     baseline = plan.get("baseline")
     if baseline is not None and baseline not in arms:
         raise InputError(f"{file}: baseline {baseline!r} is no arm; the arms are {', '.join(arms)}")
-    planned = plan.get("planned", list(arms))
-    if not isinstance(planned, list) or not set(map(repr, planned)) <= set(map(repr, arms)):
-        raise InputError(f"{file}: planned is {planned!r}; give a list of arms")
+    planned, ceilings = plan.get("planned", list(arms)), plan.get("ceilings", [])
+    for key, value in (("planned", planned), ("ceilings", ceilings)):
+        if not isinstance(value, list) or not set(map(repr, value)) <= set(map(repr, arms)):
+            raise InputError(f"{file}: {key} is {value!r}; give a list of arms")
+    if baseline in ceilings:
+        raise InputError(f"{file}: ceilings: {baseline!r} is the baseline; take another arm")
     name = file.stem + ("-smoke" if smoke else "")
     seeds = plan["seeds"][:1] if smoke else plan["seeds"]
     source = source_sha256()
@@ -85,6 +91,7 @@ def read_sweep(
         "smoke": smoke,
         "baseline": baseline,
         "planned": planned,
+        "ceilings": ceilings,
         "axes": axes,
         "cells": [
             {"id": cell.id, "arm": cell.arm, "seed": cell.seed, "status": "missing"}

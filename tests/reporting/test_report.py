@@ -241,6 +241,43 @@ def test_only_planned_comparisons_share_the_planned_family(make_study, tmp_path)
         assert cells[2].get_text() == cells[3].get_text()  # a family of one needs no correction
 
 
+def test_a_ceiling_is_shown_last_and_compared_with_none(make_study, tmp_path):
+    arms = {"contrastive": {"weight": 0.0}, "perfect-hearing": {"rate": 0.5}, "cmd-image": {}}
+    runs = make_study(
+        *(tmp_path / "runs",),
+        **{"arms": arms, "listing": {"ceilings": ["perfect-hearing"]}, "examples": False},
+    )
+    write_report([runs], tmp_path / "report.html")
+    page = read(tmp_path / "report.html")
+    names = [line.th.get_text() for line in page.find(id="results-table").tbody.find_all("tr")]
+    assert names[:3] == ["contrastive", "cmd-image †", "perfect-hearing (ceiling)"]
+    assert "perfect-hearing" not in page.find(id="differences").get_text()
+    assert "perfect-hearing" not in text_of(page, "claim")
+    assert "1 arm is compared" in text_of(page, "claim")
+
+
+def test_what_restoring_draws_from_the_other_side_is_told_where_a_record_holds_it(
+    make_study, tmp_path, page
+):
+    assert page.find(id="restoring") is None  # records of before it was measured
+    curve = [
+        {"step": step, "loss": 2.0, "contrastive": 1.0, "denoising": 1.0, "temperature": 0.1}
+        | {"validation_mean_R@1": 10.0 * step, "gradient_cosine": cosine}
+        for step, cosine in ((1, 0.25), (2, None), (3, -0.125))
+    ]
+    runs = make_study(
+        tmp_path / "runs",
+        record={"restoration": {"own": 0.5, "other": 0.625}, "learning_curve": curve},
+        examples=False,
+    )
+    write_report([runs], tmp_path / "report.html")
+    cells = row(read(tmp_path / "report.html"), "restoring-table", "cmd-image")
+    assert [cell.find(string=True) for cell in cells[:5]] == [
+        *("0.500", "0.625", "0.125"),
+        *("0.25", "−0.12"),
+    ]
+
+
 def test_the_axes_are_the_sweeps_own(page):
     lines = page.find(id="axes-table").tbody.find_all("tr")
     shown = [(line.th.get_text(), line.td.get_text()) for line in lines]

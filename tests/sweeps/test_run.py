@@ -140,6 +140,8 @@ def test_arms_axes_and_grid_make_the_cells_that_they_say(tmp_path):
         ({"axes": {"base": "one", "weight": [2, 2.0]}}, "is the same as 'one, weight=2.0'"),
         ({"baseline": "two"}, "baseline 'two' is no arm; the arms are one"),
         ({"planned": ["two"]}, "give a list of arms"),
+        ({"ceilings": ["two"]}, r"ceilings is \['two'\]; give a list of arms"),
+        ({"baseline": "one", "ceilings": ["one"]}, "ceilings: 'one' is the baseline"),
         ({"arm": {}}, "key 'arm' is unknown; the keys are notebook, title"),
         ({"arms": None, "grid": None}, "give it as a mapping"),
         ({"arms": {}}, "has no arms"),
