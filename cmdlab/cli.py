@@ -422,7 +422,8 @@ def _parser() -> ArgumentParser:
 
         example: cmdlab corpus make data/default --preset default
         output:  DIR; `smoke` takes seconds, `default` has 1,000 test images, `large` is the size of
-                 SpokenCOCO
+                 SpokenCOCO; in `twins` every image has another that shows the same things in the
+                 same places, and differs in what belongs to what
         """,
     )
     make.add_argument("folder", type=Path, metavar="DIR")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from bs4 import BeautifulSoup
 
+from cmdlab.encoders import Encoder, weights_of
 from cmdlab.encoders.tiny import WEIGHTS
 from cmdlab.reporting import write_kernel_report, write_report
 from cmdlab.sweeps.files import read_sweep
@@ -23,7 +24,7 @@ def text(page: Path) -> list[str]:
     return soup.get_text(" ").split()
 
 
-@pytest.mark.parametrize("name", ["study", "ablation", "competitors", "little-data"])
+@pytest.mark.parametrize("name", ["study", "ablation", "competitors", "little-data", "binding"])
 def test_a_published_report_is_the_one_its_records_give(name, tmp_path):
     write_report([REPORTS / name], tmp_path / "again.html")
     assert text(tmp_path / "again.html") == text(REPORTS / f"{name}.html")
@@ -50,6 +51,23 @@ def test_the_readme_tells_how_many_pictures_are_worth_collecting():
     for images, results in reached.items():
         first, tenth = (sum(one[at] for one in results) / len(results) for at in ("R@1", "R@10"))
         assert f"| {images:,} | {first:.1f} | {tenth:.1f} |" in README
+
+
+def test_the_readme_tells_what_can_be_learnt_of_what_belongs_to_what():
+    found: dict[str, list[tuple[float, float]]] = {}
+    for path in (REPORTS / "binding").glob("*/record.json"):
+        record = json.loads(path.read_text())
+        foil = record["alignment"]["foil"]
+        first = record["metrics"]["test"]["speech_to_image"]["R@1"]
+        found.setdefault(record["arm"], []).append((100 * foil["wins"] / foil["pairs"], first))
+    told = {
+        arm: [f"{sum(one) / len(ones):.1f} %" for one in zip(*ones, strict=True)]
+        for arm, ones in found.items()
+    }
+    assert f"in {told['bindings'][0]} of 990 pairs" in README
+    assert f"first in {told['bindings'][1]} of 5,000 captions" in README
+    assert f"it is {' and '.join(told['bag'])}" in README
+    assert f"at random {' and '.join(told['random-batches'])}" in README
 
 
 def test_the_readme_gives_the_times_of_its_records():
@@ -80,7 +98,7 @@ def test_what_is_concluded_has_enough_seeds(name):
     assert not listing["smoke"]
 
 
-@pytest.mark.parametrize("name", ["study", "ablation", "competitors", "little-data"])
+@pytest.mark.parametrize("name", ["study", "ablation", "competitors", "little-data", "binding"])
 def test_the_published_runs_are_of_the_recipe_in_the_sweep_file(name, monkeypatch):
     """The sweep file as it stands, with the notebook's defaults, names the arms as published."""
     monkeypatch.setattr("cmdlab.sweeps.files._corpus_hash", lambda *_: None)  # it lies nowhere yet
@@ -98,7 +116,7 @@ def test_the_published_runs_used_the_shipped_encoders():
     shipped = {
         path.stem: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in WEIGHTS.glob("*.safetensors")
-    }
+    } | {"tiny-words": weights_of(Encoder("tiny-words"))}  # a table, in no file
     records = [*REPORTS.glob("*/*/record.json")]
     assert records
     for record in records:
@@ -110,7 +128,9 @@ def test_the_model_card_gives_the_numbers_of_its_record():
     card = (WEIGHTS / "MODEL_CARD.md").read_text(encoding="utf-8")
     record = json.loads((WEIGHTS / "training.json").read_text())
     last = record["image"]["held_out"][-1]
-    for value in (last["R@1"], last["R@10"], record["speech"]["held_out"][-1]["words"]):
+    told = [last, record["bindings"]["held_out"]]
+    numbers = [one[name] for one in told for name in ("R@1", "R@10")]
+    for value in (*numbers, record["speech"]["held_out"][-1]["words"]):
         assert f"{value:.1f} %" in card
     for part in ("image", "speech"):
         assert f"{record[part]['steps']:,} steps" in card

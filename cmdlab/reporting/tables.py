@@ -280,16 +280,16 @@ def _foil_cells(foils: Sequence[dict[str, int]]) -> list[str]:
 
 def _text_foil_rows(study: Study) -> list[Row]:
     """One row for each different foil test of a text encoder; older records do not hold it."""
-    texts = [run.record["text_ceiling"] or {} for run in study.runs]
     different = {
-        json.dumps(foil, sort_keys=True): foil
-        for foil in (text.get("foil") for text in texts)
-        if foil and foil["pairs"]
+        json.dumps(foil, sort_keys=True): (foil, run.record["encoders"]["image"]["name"])
+        for run in study.runs
+        if (foil := (run.record["text_ceiling"] or {}).get("foil")) and foil["pairs"]
     }
     label = "Text ceiling: the captions' text, same frozen encoder"
+    labels = [f"{label}{f', {name}' * (len(different) > 1)}" for _, name in different.values()]
     return [
         Row([label, *[ABSENT] * 3, *_foil_cells([foil]), ABSENT], "reference first")
-        for foil in different.values()
+        for label, (foil, _) in zip(labels, different.values(), strict=True)
     ]
 
 
@@ -334,10 +334,14 @@ def _with_interval(study: Study, arm: str, metric: str, *, bold: bool = False) -
 
 
 def _ceiling_rows(study: Study, key: str, label: str) -> list[Row]:
-    """One row for each different ceiling among the records; usually one."""
-    texts = [json.dumps(run.record[key], sort_keys=True) for run in study.runs]
+    """One row for each different ceiling among the records; usually one, else they name their
+    image encoders."""
+    different = {
+        json.dumps(run.record[key], sort_keys=True): run.record["encoders"]["image"]["name"]
+        for run in study.runs
+    }
     rows: list[Row] = []
-    for text in dict.fromkeys(texts):
+    for text, encoder in different.items():
         ceiling = json.loads(text)
         if ceiling is None:
             cells: list[str] = ["not measured", *[ABSENT] * 10]
@@ -347,7 +351,8 @@ def _ceiling_rows(study: Study, key: str, label: str) -> list[Row]:
             for part in both:
                 cells += [*(number(part[name]) for name in RECALLS), ABSENT, ABSENT]
         kind = "reference" if rows or key != "ceiling" else "reference first"
-        rows.append(Row([label, *cells, ABSENT], kind))
+        named = f"{label}, {encoder}" if len(different) > 1 else label
+        rows.append(Row([named, *cells, ABSENT], kind))
     return rows
 
 
