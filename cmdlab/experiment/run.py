@@ -56,6 +56,7 @@ from cmdlab.retrieval import (
     make_batch,
     parameters_of,
     restoration_by_context,
+    step_flops,
     train,
 )
 
@@ -245,7 +246,7 @@ def measure(
     }
     if ranker is None:  # what is exported retrieves by dot products alone
         model.save_pretrained(run_folder / "model")
-    corpus = data.test.corpus
+    corpus, steps = data.test.corpus, trained.curve[-1]["step"]
     result = {
         "metrics": {
             "validation": trained.validation,
@@ -264,7 +265,9 @@ def measure(
             **inference_cost(model, data.test),
             **retrieval_cost(model, data.test, ranker),
             "training_seconds": trained.seconds,
-            "steps": trained.curve[-1]["step"],
+            "training_seconds_at": trained.seconds_at,
+            "training_flops": step_flops(trained, training, data.train) * steps,
+            "steps": steps,
             "peak_memory_bytes": trained.peak_memory_bytes,
         },
         "alignment": (

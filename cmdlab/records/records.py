@@ -168,6 +168,8 @@ _RESULT: dict[str, Any] = {
         "inference_flops": (float, None),
         "inference_ms": (float, None),
         "training_seconds": float,
+        "training_flops?": float,
+        "training_seconds_at?": [{"step": int, "seconds": float}],
         "steps": int,
         "peak_memory_bytes": (float, None),
         "retrieval_flops_per_query?": float,

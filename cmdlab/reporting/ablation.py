@@ -110,6 +110,8 @@ def _curves(study: Study) -> Section:
         blocks.append(figures.curves_figure(study))
     else:
         blocks.append(_absent("No validation result was recorded during training."))
+    if (time := figures.time_figure(study)) is not None:
+        blocks.append(time)
     if points:
         blocks.append(figures.loss_figure(study))
     return Section("curves", "Learning curves", blocks)

@@ -103,6 +103,38 @@ def curves_figure(study: Study) -> Figure:
     )
 
 
+def time_figure(study: Study) -> Figure | None:
+    """Validation against the seconds of training: one panel an arm that is compared; None where
+    there is none, or a record does not tell the seconds."""
+    arms = (study.baseline, *study.compared_arms)
+    costs = [run.record["cost"] for arm in arms for run in study.of(arm)]
+    if not study.compared_arms or not all("training_seconds_at" in cost for cost in costs):
+        return None
+    curves = {arm: _against_seconds(study, arm) for arm in arms}
+    limits = _limits([0.0, *(y for _, ys in curves.values() for y in ys)])
+    panels = []
+    for index, arm in enumerate(study.compared_arms):
+        panel = Panel(f"time-{index}", 200)
+        panel.line(*curves[study.baseline], colour=BASELINE, dashed=True)
+        panel.line(*curves[arm], colour=ARM)
+        panel.axes.set_ylim(*limits)
+        panel.labels(arm_label(study, arm), "seconds of training", "validation mean R@1, %")
+        ends = [
+            f"{one} ends at {number(ys[-1])} % after {seconds[-1]:,.0f} s"
+            for one in (arm, study.baseline)
+            for seconds, ys in [curves[one]]
+            if ys
+        ]
+        panels.append(panel.svg(f"Time to accuracy of {arm}", f"{'; '.join(ends)}."))
+    return Figure(
+        "time-figure",
+        "Time to accuracy: mean R@1 on the validation set against the seconds of training, the "
+        f"mean over the seeds. Dashed: {study.baseline}. At equal cost arms are compared along a "
+        "vertical line.",
+        panels,
+    )
+
+
 def loss_figure(study: Study) -> Figure:
     """The two training losses of the baseline and of the best arm on the validation set."""
     arms = list(dict.fromkeys([study.baseline, study.best_on_validation or study.baseline]))
@@ -353,6 +385,15 @@ def _curves(study: Study, arm: str, name: str) -> list[tuple[list[float], list[f
         if points:
             curves.append(([point["step"] for point in points], [point[name] for point in points]))
     return curves
+
+
+def _against_seconds(study: Study, arm: str) -> tuple[list[float], list[float]]:
+    """Seconds of training and validation's mean R@1 at each validation, means over the seeds."""
+    steps, reached = _mean_curve(_curves(study, arm, "validation_mean_R@1"))
+    points = [run.record["cost"]["training_seconds_at"] for run in study.of(arm)]
+    curves = [([at["step"] for at in ones], [at["seconds"] for at in ones]) for ones in points]
+    seconds = dict(zip(*_mean_curve(curves), strict=True))
+    return [seconds[step] for step in steps], reached
 
 
 def _mean_curve(curves: list[tuple[list[float], list[float]]]) -> tuple[list[float], list[float]]:

@@ -131,6 +131,7 @@ def axes_table(study: Study) -> Table:
 def cost_table(study: Study) -> Table:
     """What each arm costs in training, and what it costs at retrieval time."""
     rows = []
+    counted = any("training_flops" in run.record["cost"] for run in study.runs)
     for arm in study.finished_arms:
         runs = study.of(arm)
         costs = [run.record["cost"] for run in runs]
@@ -139,6 +140,7 @@ def cost_table(study: Study) -> Table:
                 [
                     arm_label(study, arm),
                     _spread(costs, "training_seconds", number),
+                    *([_spread(costs, "training_flops", count)] if counted else []),
                     _spread(costs, "steps", lambda steps: f"{steps:,.0f}"),
                     _spread(costs, "peak_memory_bytes", lambda size: f"{size / 2**20:,.0f}"),
                     _spread(costs, "trainable_parameters", count),
@@ -151,7 +153,14 @@ def cost_table(study: Study) -> Table:
                 _kind(study, arm),
             )
         )
-    training = ("time, s", "steps", "memory, MiB", "parameters", "denoiser")
+    training = (
+        "time, s",
+        *(["FLOPs"] if counted else []),
+        "steps",
+        "memory, MiB",
+        "parameters",
+        "denoiser",
+    )
     inference = ("parameters", "FLOPs", "latency, ms")
     return Table(
         "cost-table",
@@ -165,8 +174,9 @@ def cost_table(study: Study) -> Table:
         rows,
         "Denoiser: those of the parameters that are used in training alone. Memory: the peak, "
         "memory-mapped features included. "
-        "FLOPs and latency are of one caption. Time, memory and latency were measured on the "
-        "machine named under Provenance, with whatever else it ran.",
+        f"FLOPs and latency{' at retrieval' * counted} are of one caption. "
+        "Time, memory and latency were measured on the machine named under Provenance, with "
+        "whatever else it ran.",
     )
 
 
@@ -371,7 +381,7 @@ def _ties(study: Study) -> str:
 
 
 def _spread(costs: list[dict[str, Any]], key: str, show: Callable[[float], str]) -> str | Markup:
-    values = [cost[key] for cost in costs if cost[key] is not None]
+    values = [cost[key] for cost in costs if cost.get(key) is not None]
     if not values:
         return "not measured"
     mean, low, high = show(float(np.mean(values))), show(min(values)), show(max(values))

@@ -14,6 +14,7 @@ from cmdlab.retrieval.training import (
     embed_speech,
     make_batch,
     rank,
+    step_flops,
     time_step,
     train,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "parameters_of",
     "rank",
     "restoration_by_context",
+    "step_flops",
     "time_step",
     "train",
 ]

@@ -135,6 +135,7 @@ class Trained:
     validation: dict[str, Any]  # metrics of the last validation, as `retrieval_metrics` gives them
     seconds: float  # of training steps, validation left out
     peak_memory_bytes: int  # of the process on a CPU, of what torch held on a GPU
+    seconds_at: list[dict[str, float]] = field(default_factory=list)  # step, seconds; validations
     best: dict[str, Any] = field(default_factory=dict)  # step, score, validation, model; `select`
     competitor: Ranker | MomentumQueue | None = None  # of a method other than contrastive
 
@@ -254,6 +255,7 @@ def train(
         ends = step + 1 == training.steps
         validates = ((step + 1) % training.validate_every == 0 or ends) and leads
         if validates:
+            trained.seconds_at.append({"step": step + 1, "seconds": trained.seconds})
             trained.validation = retrieval_metrics(rank(model, validation, device, trained.ranker))
             if training.select == "best":
                 _keep_best(trained, step + 1)
@@ -330,6 +332,23 @@ def _cosine(
     batch = make_batch(features, captions, device, seed)
     generator = torch.Generator().manual_seed(seed)
     return gradient_cosine(trained.model, trained.denoisers, batch, generator)
+
+
+def step_flops(trained: Trained, training: Training, features: Features) -> int:
+    """Floating-point operations of the products of matrices in a step of the run, forward and
+    backward, on the CPU: those of its first captions. The frozen encoders come on top.
+
+    The model's gradients are left empty.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    batches = Batches(features, seed=training.seed, batch_size=training.batch_size)
+    alone = replace(training, chunk=0)  # chunks are computed twice, to save memory
+    with FlopCounterMode(display=False) as counter:
+        _backward(trained, alone, features, batches.captions(0), 0, "cpu")
+    trained.model.zero_grad(set_to_none=True)
+    trained.denoisers.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
 
 
 def _is_shared(training: Training) -> bool:
@@ -529,6 +548,7 @@ def _save_checkpoint(
         "curve": trained.curve,
         "validation": trained.validation,
         "seconds": trained.seconds,
+        "seconds_at": trained.seconds_at,
         "best": trained.best,
     }
     content = io.BytesIO()
@@ -553,7 +573,8 @@ def _load_checkpoint(
             trained.competitor.load_state_dict(state["competitor"])
         optimiser.load_state_dict(state["optimiser"])
         trained.curve, trained.validation = state["curve"], state["validation"]
-        trained.seconds, trained.best = state["seconds"], state["best"]
+        trained.seconds, trained.seconds_at = state["seconds"], state["seconds_at"]
+        trained.best = state["best"]
         return int(state["step"])
     except InputError:
         raise

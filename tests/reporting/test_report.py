@@ -278,6 +278,27 @@ def test_what_restoring_draws_from_the_other_side_is_told_where_a_record_holds_i
     ]
 
 
+def test_arms_are_compared_at_equal_cost_where_the_records_tell_the_seconds(
+    make_study, tmp_path, page
+):
+    assert page.find(id="time-figure") is None  # records of before they were kept
+    assert "FLOPs" not in [head.get_text() for head in page.select("#cost-table th")][2:4]
+    curve = [
+        {"step": step, "loss": 2.0, "contrastive": 1.0, "denoising": None, "temperature": 0.1}
+        | {"validation_mean_R@1": 10.0 * step}
+        for step in (1, 2, 3)
+    ]
+    runs = make_study(tmp_path / "runs", record={"learning_curve": curve}, examples=False)
+    for path in runs.glob("*/record.json"):
+        record = json.loads(path.read_text())
+        seconds = [{"step": step, "seconds": 70.0 * step} for step in (1, 2, 3)]
+        record["cost"]["training_seconds_at"] = seconds
+        path.write_text(json.dumps(record))
+    write_report([runs], tmp_path / "report.html")
+    figure = read(tmp_path / "report.html").find(id="time-figure")
+    assert "cmd-image ends at 30.0 % after 210 s" in figure.svg.desc.get_text()
+
+
 def test_the_axes_are_the_sweeps_own(page):
     lines = page.find(id="axes-table").tbody.find_all("tr")
     shown = [(line.th.get_text(), line.td.get_text()) for line in lines]
