@@ -10,6 +10,7 @@ from cmdlab.reporting.page import paragraph
 from cmdlab.reporting.study import ArmComparison, Run, Study
 
 SEEDS_TO_PUBLISH = 5
+CONVERGED = 0.5  # points of validation over the last third of the steps, at most
 DENOISING_ASKED = (
     "Does Cross-Modal Denoising, trained beside the contrastive loss, retrieve better than the "
     "contrastive loss alone?"
@@ -31,7 +32,8 @@ def claim(study: Study, comparisons: Sequence[ArmComparison]) -> Markup:
 
 
 def meaning(study: Study) -> Markup:
-    """Where the baseline lies between chance and the ceilings, which a comparison depends on."""
+    """What a comparison depends on: where the baseline lies between chance and the ceilings, and
+    whether it had converged when it was read."""
     key = "speech_to_image"
     runs = study.of(study.baseline)
     reached = study.interval(study.baseline, f"{key}/R@1").mean
@@ -63,7 +65,29 @@ def meaning(study: Study) -> Markup:
         )
     else:
         sentences.append("Text → image retrieval with the same image encoder was not measured.")
+    gains = [gain for run in runs if (gain := _late_gain(run)) is not None]
+    if gains:
+        gain = float(np.mean(gains))
+        judged = "it had converged"
+        if gain >= CONVERGED:
+            judged = "it still climbs, so this tells who learns sooner, not who learns more"
+        sentences.append(
+            f"Over the last third of its steps {study.baseline}'s mean R@1 on the validation set "
+            f"changed by {signed(gain)} points: {judged}."
+        )
     return paragraph("{}", " ".join(sentences))
+
+
+def _late_gain(run: Run) -> float | None:
+    """Validation's mean R@1 at the end minus that at two thirds of the steps, or the last one
+    before; None where there is none."""
+    points = [
+        (point["step"], point["validation_mean_R@1"])
+        for point in run.record["learning_curve"]
+        if point["validation_mean_R@1"] is not None
+    ]
+    earlier = [value for step, value in points if 3 * step <= 2 * points[-1][0]]
+    return points[-1][1] - earlier[-1] if earlier else None
 
 
 def _asked(study: Study) -> list[Markup]:

@@ -278,6 +278,25 @@ def test_what_restoring_draws_from_the_other_side_is_told_where_a_record_holds_i
     ]
 
 
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        (40.4, "changed by +0.4 points: it had converged."),
+        (40.6, "changed by +0.6 points: it still climbs, so this tells who learns sooner"),
+        (39.0, "changed by −1.0 points: it had converged."),
+    ],
+)
+def test_whether_the_baseline_had_converged_is_said(make_study, tmp_path, last, told):
+    curve = [
+        {"step": step, "loss": 2.0, "contrastive": 1.0, "denoising": None, "temperature": 0.1}
+        | {"validation_mean_R@1": value}
+        for step, value in ((50, 30.0), (100, 40.0), (120, 50.0), (125, None), (150, last))
+    ]
+    runs = make_study(tmp_path / "runs", record={"learning_curve": curve}, examples=False)
+    write_report([runs], tmp_path / "report.html")
+    assert told in text_of(read(tmp_path / "report.html"), "results")
+
+
 def test_arms_are_compared_at_equal_cost_where_the_records_tell_the_seconds(
     make_study, tmp_path, page
 ):
