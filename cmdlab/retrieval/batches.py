@@ -46,7 +46,7 @@ class Batches:
         self.used = np.flatnonzero(np.isin(self.image_of, drawn))
         self.size = min(batch_size, len(self.used))
         self.count = len(self.used) // self.size
-        self.hard = round(hard_negatives * self.size)
+        self.hard = int(hard_negatives * self.size)
         if self.hard:
             self.alike = _most_alike(features.image.embeddings, np.sort(drawn))
             order = self.used[np.argsort(self.image_of[self.used], kind="stable")]
