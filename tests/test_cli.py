@@ -409,10 +409,10 @@ def test_the_check_says_which_encoders_take_the_corpus(smoke_corpus, tmp_path, c
     assert lines[-4] == "usable, 0 entries left out"
     assert lines[-3].startswith("encoders for its images: clip-vit-b-32, ")
     assert lines[-3].endswith(
-        "; tiny-image takes 64 × 64 pixels, and 1 of 80 are others, mostly 206 × 219"
+        "; tiny-image, tiny-bindings take 64 × 64 pixels, and 1 of 80 are others, mostly 206 × 219"
     )
     assert lines[-2].startswith("encoders for its speech: tiny-speech, hubert-base, hubert-large")
-    assert lines[-1].startswith("encoders for its text: none; tiny-words takes the words of Spok")
+    assert lines[-1].startswith("encoders for its text: none; tiny-words, tiny-text, tiny-b")
     assert lines[-1].endswith("are others, mostly 'octopus'")
 
 

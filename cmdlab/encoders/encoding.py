@@ -158,19 +158,25 @@ def encoders_for(part: str, pieces: Counter[Any]) -> str:
     """A line on who takes all these pieces of a corpus' part ("images", "speech" or "text"), and
     what hinders the other encoders."""
     reads = {"images": "pixels", "speech": "sound", "text": "words"}[part]
-    takers, others = [], []
+    takers: list[str] = []
+    others: dict[str, list[str]] = {}  # what hinders, and whom
     for name, family in FAMILIES.items():
         if family.reads != reads:
             continue
         refused = Counter({piece: n for piece, n in pieces.items() if not family.takes(piece)})
         if refused:
-            others.append(
-                f"{name} takes {family.takes_in_words}, and {refused.total():,} of "
-                f"{pieces.total():,} are others, mostly {_shown(refused.most_common(1)[0][0])}"
+            hinders = (
+                f"{family.takes_in_words}, and {refused.total():,} of {pieces.total():,} are "
+                f"others, mostly {_shown(refused.most_common(1)[0][0])}"
             )
+            others.setdefault(hinders, []).append(name)
         else:
             takers.append(name)
-    return "; ".join([f"encoders for its {part}: {', '.join(takers) or 'none'}", *others])
+    told = [
+        f"{', '.join(names)} {'takes' if len(names) == 1 else 'take'} {hinders}"
+        for hinders, names in others.items()
+    ]
+    return "; ".join([f"encoders for its {part}: {', '.join(takers) or 'none'}", *told])
 
 
 def _refusal(name: str, given: str, able: list[str], remedy: str) -> str:

@@ -298,25 +298,34 @@ def _backward(
 ) -> Losses:
     """The losses of the captions of a step, whose gradients are left in the parameters."""
     generator = torch.Generator().manual_seed(seed)
-    model, denoisers, competitor = trained.model, trained.denoisers, trained.competitor
-    precision = torch.bfloat16 if training.precision == "bfloat16" else None
     own = _share(captions, training, trained)
     if _is_shared(training):
         loaded = make_batch(features, own, "cpu" if training.chunk else device, seed)
         return backward_in_shares(
-            *(model, denoisers, loaded, len(captions), training.weight, generator),
+            *(trained.model, trained.denoisers, loaded, len(captions), training.weight, generator),
             chunk=training.chunk,
-            precision=precision,
+            precision=_narrow(training),
         )
     batch = make_batch(features, own, device, seed)
-    with torch.autocast(batch.states.device.type, precision, enabled=precision is not None):
-        losses = (
-            training_losses(model, denoisers, batch, training.weight, generator)
-            if competitor is None
-            else competitor.losses(model, batch, generator)
-        )
+    losses = _losses(trained, training, batch, generator)
     losses.total.backward()
     return losses
+
+
+def _losses(
+    trained: Trained, training: Training, batch: Batch, generator: torch.Generator
+) -> Losses:
+    """Of a batch that this process computes at once."""
+    precision = _narrow(training)
+    with torch.autocast(batch.states.device.type, precision, enabled=precision is not None):
+        if trained.competitor is not None:
+            return trained.competitor.losses(trained.model, batch, generator)
+        return training_losses(trained.model, trained.denoisers, batch, training.weight, generator)
+
+
+def _narrow(training: Training) -> torch.dtype | None:
+    """Autocast's dtype; None without."""
+    return torch.bfloat16 if training.precision == "bfloat16" else None
 
 
 def _cosine(
@@ -336,16 +345,17 @@ def _cosine(
 
 def step_flops(trained: Trained, training: Training, features: Features) -> int:
     """Floating-point operations of the products of matrices in a step of the run, forward and
-    backward, on the CPU: those of its first captions. The frozen encoders come on top.
+    backward, on the CPU: those of its first captions, by one process at once. The frozen encoders
+    come on top.
 
     The model's gradients are left empty.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     batches = Batches(features, seed=training.seed, batch_size=training.batch_size)
-    alone = replace(training, chunk=0)  # chunks are computed twice, to save memory
+    batch = make_batch(features, batches.captions(0), "cpu")
     with FlopCounterMode(display=False) as counter:
-        _backward(trained, alone, features, batches.captions(0), 0, "cpu")
+        _losses(trained, training, batch, torch.Generator().manual_seed(0)).total.backward()
     trained.model.zero_grad(set_to_none=True)
     trained.denoisers.zero_grad(set_to_none=True)
     return counter.get_total_flops()
@@ -468,7 +478,7 @@ def time_step(
         nn.functional.normalize(torch.randn(captions, image.embedding, device=device), dim=-1),
         torch.arange(captions, device=device),
     )
-    precision = torch.bfloat16 if training.precision == "bfloat16" else None
+    precision = _narrow(training)
     seconds = []
     for step in range(3):  # the first one warms up
         started = time.perf_counter()

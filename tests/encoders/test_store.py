@@ -307,7 +307,7 @@ def test_what_cannot_be_encoded_is_refused(corpus, tmp_path):
         InputError, match="not an item of type Caption; tiny-speech, tiny-words, tiny-text, tiny-b"
     ):
         encode(IMAGE, octopus, HEARING)
-    with pytest.raises(InputError, match="type Image; tiny-image, clip-vit-b-32, "):
+    with pytest.raises(InputError, match="type Image; tiny-image, tiny-bindings, clip-vit-b-32, "):
         encode(SPEECH, flat, HEARING)
     with pytest.raises(InputError, match="type str; no encoder here takes it: give captions"):
         encode(TEXT, ["a red square"], HEARING)
@@ -315,9 +315,10 @@ def test_what_cannot_be_encoded_is_refused(corpus, tmp_path):
 
 def test_the_encoders_that_take_a_corpus_are_named():
     every = encoders_for("images", Counter({(64, 64): 2}))
-    assert every.startswith("encoders for its images: tiny-image, clip-vit-b-32, clip-vit-b-16, ")
+    assert every.startswith("encoders for its images: tiny-image, tiny-bindings, clip-vit-b-32, ")
     photographs = encoders_for("images", Counter({(64, 64): 2, (640, 480): 1000, (9, 9): 3}))
     assert photographs.startswith("encoders for its images: clip-vit-b-32, ")
     assert photographs.endswith(
-        "; tiny-image takes 64 × 64 pixels, and 1,003 of 1,005 are others, mostly 640 × 480"
+        "; tiny-image, tiny-bindings take 64 × 64 pixels, and 1,003 of 1,005 are others, "
+        "mostly 640 × 480"
     )
