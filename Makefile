@@ -16,7 +16,7 @@ demo: .venv/tested ## a page where speech finds pictures, by the module that shi
 	@echo 'Open the page below, and type: a red circle; a small blue star; a green square above something'
 	$(BIN)/cmdlab serve study/demo.index
 
-test: .venv/tested ## format, lint, types and all tests (twenty minutes on two cores)
+test: .venv/tested ## format, lint, types and all tests (twenty-five minutes on two cores)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
