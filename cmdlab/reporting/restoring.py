@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-from markupsafe import Markup
 
 from cmdlab.reporting.numbers import ABSENT
 from cmdlab.reporting.page import Column, Row, Section, Table, paragraph
 from cmdlab.reporting.study import Run, Study
-from cmdlab.reporting.tables import arm_label, record_links
+from cmdlab.reporting.tables import arm_label, record_links, spread
 
 
 def restoring_section(study: Study) -> Section | None:
@@ -33,37 +32,36 @@ def restoring_section(study: Study) -> Section | None:
 def _table(study: Study, arms: dict[str, list[Run]]) -> Table:
     rows = []
     for arm, runs in arms.items():
-        own = np.array([_restoration(run)["own"] for run in runs])
-        other = np.array([_restoration(run)["other"] for run in runs])
+        losses = [one | {"drawn": one["other"] - one["own"]} for one in map(_restoration, runs)]
         cosines = [cosine for run in runs if (cosine := _cosines(run))]
         rows.append(
             Row(
                 [
                     arm_label(study, arm),
-                    *(_mean_and_range(values) for values in (own, other, other - own)),
+                    *(spread(losses, name, _loss) for name in ("own", "other", "drawn")),
                     _mean([one[0] for one in cosines]),
                     _mean([one[-1] for one in cosines]),
                     record_links(runs),
                 ]
             )
         )
-    losses, pull = "Restoration loss, validation", "Cosine of the gradients"
+    restored, pull = "Restoration loss, validation", "Cosine of the gradients"
     return Table(
         "restoring-table",
         "What restoring draws from the other side, mean over the seeds.",
         [
             Column("Arm", numeric=False),
-            Column("own context", group=losses),
-            Column("another's", group=losses),
-            Column("drawn", group=losses),
+            Column("own context", group=restored),
+            Column("another's", group=restored),
+            Column("drawn", group=restored),
             Column("first", group=pull),
             Column("last", group=pull),
             Column("Records", numeric=False),
         ],
         rows,
-        "Drawn: another's minus own. Below each loss the seeds' range. First and last: of the "
-        "validations during training. Arms with another target or another loss have losses of "
-        "another kind.",
+        "Drawn: another's minus own. Below each loss the range, where seeds differ. First and "
+        "last: of the validations during training. Arms with another target or another loss have "
+        "losses of another kind.",
     )
 
 
@@ -77,13 +75,8 @@ def _cosines(run: Run) -> list[float]:
 
 
 def _mean(values: Sequence[float]) -> str:
-    return _shown(float(np.mean(values)), 2) if values else ABSENT
+    return f"{np.mean(values):.2f}".replace("-", "−") if values else ABSENT
 
 
-def _mean_and_range(values: np.ndarray) -> Markup:
-    mean, low, high = (_shown(float(one), 3) for one in (values.mean(), values.min(), values.max()))
-    return Markup('{}<span class="interval">{}–{}</span>').format(mean, low, high)
-
-
-def _shown(value: float, places: int) -> str:
-    return f"{value:.{places}f}".replace("-", "−")
+def _loss(value: float) -> str:
+    return f"{value:.3f}".replace("-", "−")

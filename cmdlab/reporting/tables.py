@@ -139,15 +139,15 @@ def cost_table(study: Study) -> Table:
             Row(
                 [
                     arm_label(study, arm),
-                    _spread(costs, "training_seconds", number),
-                    *([_spread(costs, "training_flops", count)] if counted else []),
-                    _spread(costs, "steps", lambda steps: f"{steps:,.0f}"),
-                    _spread(costs, "peak_memory_bytes", lambda size: f"{size / 2**20:,.0f}"),
-                    _spread(costs, "trainable_parameters", count),
-                    _spread(costs, "denoiser_parameters", count),
-                    _spread(costs, "inference_parameters", count),
-                    _spread(costs, "inference_flops", count),
-                    _spread(costs, "inference_ms", lambda ms: f"{ms:.2f}"),
+                    spread(costs, "training_seconds", number),
+                    *([spread(costs, "training_flops", count)] if counted else []),
+                    spread(costs, "steps", lambda steps: f"{steps:,.0f}"),
+                    spread(costs, "peak_memory_bytes", lambda size: f"{size / 2**20:,.0f}"),
+                    spread(costs, "trainable_parameters", count),
+                    spread(costs, "denoiser_parameters", count),
+                    spread(costs, "inference_parameters", count),
+                    spread(costs, "inference_flops", count),
+                    spread(costs, "inference_ms", lambda ms: f"{ms:.2f}"),
                     record_links(runs),
                 ],
                 _kind(study, arm),
@@ -195,9 +195,9 @@ def retrieval_cost_table(study: Study) -> Table:
             [
                 arm_label(study, arm),
                 _with_interval(study, arm, "mean_R@1"),
-                _spread(costs[arm], "retrieval_flops_per_query", count),
+                spread(costs[arm], "retrieval_flops_per_query", count),
                 f"{flops[arm] / flops[study.baseline]:,.0f}" if study.baseline in flops else ABSENT,
-                _spread(costs[arm], "retrieval_ms_per_query", lambda ms: f"{ms:.2g}"),
+                spread(costs[arm], "retrieval_ms_per_query", lambda ms: f"{ms:.2g}"),
                 record_links(study.of(arm)),
             ],
             _kind(study, arm),
@@ -311,6 +311,17 @@ def arm_label(study: Study, arm: str) -> str:
     return f"{arm} †" if chosen else arm
 
 
+def spread(costs: list[dict[str, Any]], key: str, show: Callable[[float], str]) -> str | Markup:
+    """The mean of a value over some runs, and its range below where they differ."""
+    values = [cost[key] for cost in costs if cost.get(key) is not None]
+    if not values:
+        return "not measured"
+    mean, low, high = show(float(np.mean(values))), show(min(values)), show(max(values))
+    if low == high:
+        return mean
+    return Markup('{}<span class="interval">{}–{}</span>').format(mean, low, high)
+
+
 def _kind(study: Study, arm: str) -> str:
     """How an arm's row is set."""
     return "reference" if arm in study.ceilings else "baseline" if arm == study.baseline else ""
@@ -378,16 +389,6 @@ def _ties(study: Study) -> str:
     if not arms:
         return "Ties change no R@1 by as much as a tenth of a point."
     return f"The optimistic R@1, with ties counted as hits, differs for {'; '.join(arms)}."
-
-
-def _spread(costs: list[dict[str, Any]], key: str, show: Callable[[float], str]) -> str | Markup:
-    values = [cost[key] for cost in costs if cost.get(key) is not None]
-    if not values:
-        return "not measured"
-    mean, low, high = show(float(np.mean(values))), show(min(values)), show(max(values))
-    if low == high:
-        return mean
-    return Markup('{}<span class="interval">{}–{}</span>').format(mean, low, high)
 
 
 def _alignment(run: Run, key: str) -> dict[str, Any] | None:

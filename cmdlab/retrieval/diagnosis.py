@@ -33,8 +33,6 @@ def gradient_cosine(
         losses = training_losses(model, denoisers, batch, 1.0, generator)
     assert losses.denoising is not None
     shared = list(model.parameters())
-    if not losses.denoising.requires_grad:
-        return None
     contrastive, denoising = (
         _flat(torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True), shared)
         for loss in (losses.contrastive, losses.denoising)

@@ -304,7 +304,7 @@ def _backward(
         return backward_in_shares(
             *(trained.model, trained.denoisers, loaded, len(captions), training.weight, generator),
             chunk=training.chunk,
-            precision=_narrow(training),
+            precision=_autocast_dtype(training),
         )
     batch = make_batch(features, own, device, seed)
     losses = _losses(trained, training, batch, generator)
@@ -316,15 +316,15 @@ def _losses(
     trained: Trained, training: Training, batch: Batch, generator: torch.Generator
 ) -> Losses:
     """Of a batch that this process computes at once."""
-    precision = _narrow(training)
+    precision = _autocast_dtype(training)
     with torch.autocast(batch.states.device.type, precision, enabled=precision is not None):
         if trained.competitor is not None:
             return trained.competitor.losses(trained.model, batch, generator)
         return training_losses(trained.model, trained.denoisers, batch, training.weight, generator)
 
 
-def _narrow(training: Training) -> torch.dtype | None:
-    """Autocast's dtype; None without."""
+def _autocast_dtype(training: Training) -> torch.dtype | None:
+    """None without autocast."""
     return torch.bfloat16 if training.precision == "bfloat16" else None
 
 
@@ -478,7 +478,7 @@ def time_step(
         nn.functional.normalize(torch.randn(captions, image.embedding, device=device), dim=-1),
         torch.arange(captions, device=device),
     )
-    precision = _narrow(training)
+    precision = _autocast_dtype(training)
     seconds = []
     for step in range(3):  # the first one warms up
         started = time.perf_counter()

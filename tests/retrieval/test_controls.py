@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cmdlab.retrieval.denoising import Denoising, Reading
+from cmdlab.retrieval.denoising import Denoising, Reading, corrupt
 from cmdlab.retrieval.diagnosis import gradient_cosine, restoration_by_context
 from cmdlab.retrieval.losses import (
     Batch,
@@ -80,8 +80,6 @@ def test_with_another_target_what_is_restored_is_judged_by_that(model, batch, ta
 
 def test_without_corruption_the_places_are_those_of_a_swap_and_their_tokens_stay(batch):
     swap, none = (denoisers_of(Denoising("image", name, 0.5))["image"] for name in ("swap", "none"))
-    from cmdlab.retrieval.denoising import corrupt
-
     lengths = torch.full((5,), 4)
     found = [
         corrupt(batch.patches, lengths, batch.image_id, one.settings, one.mask, random)
@@ -152,14 +150,13 @@ def test_the_cosine_is_that_of_both_losses_gradients_by_the_models_parameters(mo
         )
     model.zero_grad()
     expected = torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
+    random, denoisers = torch.Generator().manual_seed(2), denoisers_of(settings)
     state = torch.get_rng_state()
-    random = torch.Generator().manual_seed(2)
-    found = gradient_cosine(model, denoisers_of(settings), batch, random)
+    found = gradient_cosine(model, denoisers, batch, random)
+    assert torch.equal(torch.get_rng_state(), state)
     assert found == pytest.approx(expected, rel=1e-4)
     assert 0 < abs(found) < 1
     assert all(one.grad is None for one in model.parameters())
-    torch.manual_seed(1)  # as `denoisers_of` leaves it
     alone = make_denoisers(Denoising("image", "mask", 0.5, context="none"), SHAPE, 4)
     global_head = RetrievalModel(Shape(2, 16, 12, 8))
     assert gradient_cosine(global_head, alone, batch, random) is None
-    del state
