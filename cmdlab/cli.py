@@ -94,6 +94,12 @@ def _corpus_make(chosen: Namespace) -> None:
     make_corpus(chosen.folder, preset=chosen.preset, seed=chosen.seed, workers=chosen.workers)
 
 
+def _corpus_vary(chosen: Namespace) -> None:
+    from cmdlab.corpora import make_variant
+
+    make_variant(chosen.source, chosen.folder, chosen.kind)
+
+
 def _corpus_check(chosen: Namespace) -> None:
     from collections import Counter
 
@@ -145,6 +151,8 @@ def _train(chosen: Namespace) -> None:
             ),
             image_encoder=Encoder(chosen.image_encoder, chosen.image_weights),
             online=chosen.online,
+            snr_db=chosen.snr_db,
+            test_corpus=chosen.test_corpus,
             device=device,
             skip_bad=chosen.skip_bad,
             **parameters,
@@ -409,8 +417,10 @@ def _parser() -> ArgumentParser:
     study.add_argument("--smoke", action="store_true", help="shrink everything, to see it work")
     study.add_argument("--folder", type=Path, default=Path("study"), help="default: %(default)s")
 
-    corpus = commands.add_parser("corpus", help="make, check or import a corpus of spoken captions")
-    kinds = corpus.add_subparsers(metavar="make|check|import", required=True)
+    corpus = commands.add_parser(
+        "corpus", help="make, vary, check or import a corpus of spoken captions"
+    )
+    kinds = corpus.add_subparsers(metavar="make|vary|check|import", required=True)
     make = _command(
         kinds,
         "make",
@@ -432,6 +442,24 @@ def _parser() -> ArgumentParser:
     make.add_argument(
         "--workers", type=_positive, default=os.cpu_count(), help="default: all cores"
     )
+    vary = _command(
+        kinds,
+        "vary",
+        _corpus_vary,
+        "tell or show the scenes of a generated corpus in another way",
+        """
+        Make another corpus of the scenes of SpokenScenes. `scans` puts what a simulated range
+        finder hears in the place of speech: train on it with --speech-encoder tiny-scan. `sketches`
+        holds the test pictures alone, drawn by another hand, with their speech: test a model on
+        them with --test-corpus. The same source gives the same bytes.
+
+        example: cmdlab corpus vary study/corpus study/scans --as scans
+        output:  DIR
+        """,
+    )
+    vary.add_argument("source", type=Path, metavar="CORPUS")
+    vary.add_argument("folder", type=Path, metavar="DIR")
+    vary.add_argument("--as", dest="kind", choices=["scans", "sketches"], required=True)
     check = _command(
         kinds,
         "check",
@@ -522,6 +550,19 @@ def _parser() -> ArgumentParser:
     )
     train.add_argument(
         "--online", action="store_true", help="encode speech at each step, and store none of it"
+    )
+    train.add_argument(
+        "--snr-db",
+        type=float,
+        metavar="DB",
+        help="of the noise that speech is heard in; default: 10 to 30 dB for generated corpora, "
+        "none for people's speech",
+    )
+    train.add_argument(
+        "--test-corpus",
+        type=Path,
+        metavar="DIR",
+        help="whose test split is read in place of the corpus' own",
     )
     train.add_argument("--device", default="auto", help="default: a GPU where there is one")
     train.add_argument(

@@ -27,12 +27,15 @@ from cmdlab.corpora.scenes import COLOURS, SHAPES, sample_captions, sample_scene
 from cmdlab.corpora.speaking import PRETRAINING_VOICES, Utterance, speak
 from cmdlab.corpora.spoken_scenes import make_corpus
 from cmdlab.corpora.untrusted import BadEntry, Problem, UntrustedFolder
+from cmdlab.corpora.variants import RAY, RAYS, make_variant
 from cmdlab.corpora.workers import worker_pool
 
 __all__ = [
     "COLOURS",
     "IMAGE_SIZE",
     "PRETRAINING_VOICES",
+    "RAY",
+    "RAYS",
     "SAMPLE_RATE",
     "SHAPES",
     "SPLITS",
@@ -58,6 +61,7 @@ __all__ = [
     "load_corpus",
     "load_usable",
     "make_corpus",
+    "make_variant",
     "read_audio",
     "read_foils",
     "read_ground_truth",

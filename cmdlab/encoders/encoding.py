@@ -15,7 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cmdlab.corpora import SAMPLE_RATE, Caption, Image, read_image, read_speech
+from cmdlab.corpora import (
+    RAY,
+    RAYS,
+    SAMPLE_RATE,
+    Caption,
+    Image,
+    read_audio,
+    read_image,
+    read_speech,
+)
 from cmdlab.encoders.encoder import Description, Encoded, Hearing, Kind
 from cmdlab.encoders.tiny import KNOWN_WORDS, WEIGHTS, TinyTextEncoder, TinyWordEncoder
 from cmdlab.encoders.weight_files import weights_sha256
@@ -86,14 +95,15 @@ class Encoder:
 class Family:
     """What can be said of an encoder without its weights, and where it is written.
 
-    `kind` is the side of a pair on which it stands, `reads` what it reads there. `takes` tells
+    `kind` is the side of a pair on which it stands, `reads` what it reads there; echoes are sound
+    that is never degraded. `takes` tells
     whether it can take a piece of an item: a picture's (width, height) or a text's word;
     `read_audio` gives one kind of sound. `opener` is a function of that module, called with the
     encoder's name and weights. `library` is one that its output depends on beside `LIBRARIES`.
     """
 
     kind: Kind
-    reads: Literal["pixels", "sound", "words"]
+    reads: Literal["pixels", "sound", "words", "echoes"]
     takes_in_words: str
     takes: Callable[[Any], bool]
     module: str
@@ -131,6 +141,10 @@ FAMILIES = {
     "tiny-text": Family("text", "words", KNOWN_WORDS, _is_known, "tiny", "open_tiny"),
     "tiny-bindings-text": Family(
         *("text", "words", KNOWN_WORDS, _is_known, "bindings", "open_bindings")
+    ),
+    "tiny-scan": Family(
+        *("speech", "echoes", f"range scans of {RAYS} rays", lambda samples: samples == RAY * RAYS),
+        *("scans", "open_scans"),
     ),
     **dict.fromkeys(("hubert-base", "hubert-large", "wavlm-base-plus", "wavlm-large"), _HUBERT),
     **dict.fromkeys(("clip-vit-b-32", "clip-vit-b-16", "clip-vit-l-14"), _CLIP),
@@ -225,6 +239,8 @@ def read_inputs(encoder: Encoder, items: Items, hearing: Hearing) -> list[Tensor
         return [_pixels(encoder, image) for image in items]  # type: ignore[arg-type]
     if FAMILIES[encoder.name].reads == "words":
         return [_words(encoder, caption) for caption in items]  # type: ignore[arg-type]
+    if FAMILIES[encoder.name].reads == "echoes":
+        return [_echoes(encoder, caption) for caption in items]  # type: ignore[arg-type]
     return [torch.from_numpy(_sound(caption, hearing)) for caption in items]  # type: ignore[arg-type]
 
 
@@ -293,6 +309,16 @@ def _sound(caption: Caption, hearing: Hearing) -> np.ndarray:
     return read_speech(
         caption, snr_db=hearing.snr_db, reverberation=hearing.reverberation, seed=hearing.seed
     )
+
+
+def _echoes(encoder: Encoder, caption: Caption) -> Tensor:
+    samples = read_audio(caption.audio)
+    if not FAMILIES[encoder.name].takes(len(samples)):
+        raise InputError(
+            f"{caption.audio}: is no range scan of {RAYS} rays ({len(samples):,} samples, not "
+            f"{RAY * RAYS:,}); {encoder} takes those of `cmdlab corpus vary`"
+        )
+    return torch.from_numpy(samples)
 
 
 def _words(encoder: Encoder, caption: Caption) -> Tensor:

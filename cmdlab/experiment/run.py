@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from cmdlab.encoders import (
     weights_of,
 )
 from cmdlab.errors import InputError, nearest
-from cmdlab.evaluation import Voices, rank_table, retrieval_metrics
+from cmdlab.evaluation import RankTable, Voices, rank_table, retrieval_metrics
 from cmdlab.experiment.alignment import foil_test, pointing_game
 from cmdlab.records import read_result, write_json
 from cmdlab.retrieval import (
@@ -52,6 +52,7 @@ from cmdlab.retrieval import (
     embed_images,
     embed_speech,
     first_process_first,
+    holding,
     is_first_process,
     make_batch,
     parameters_of,
@@ -86,7 +87,8 @@ def open_data(
     image_encoder: Encoder = IMAGE,
     online: bool = False,
     features: Path | None = None,
-    hearing: Hearing | None = None,
+    snr_db: float | None = None,
+    test_corpus: Path | None = None,
     workers: int | None = None,
     device: str = "cpu",
     skip_bad: bool = False,
@@ -95,8 +97,9 @@ def open_data(
 
     online: speech is not stored, but encoded whenever it is asked for; in training at most 6.4 s of
     a caption are heard. features: the folder of the feature stores, by default `<corpus>.features`
-    beside the corpus. hearing: how speech is degraded; by default a generated corpus' is, and
-    people's is not.
+    beside the corpus. snr_db: of the noise that speech is heard in; by default 10 to 30 dB where
+    the corpus was generated, and none for people's speech. test_corpus: whose test split is read in
+    place of the corpus' own.
     `skip_bad` leaves out entries that cannot be used, and tells which on standard error; it decodes
     every file to find them.
     Raises InputError for a corpus that cannot be read.
@@ -104,6 +107,8 @@ def open_data(
     folder = features or Path(f"{os.path.abspath(corpus)}.features")
     load = load_usable if skip_bad else load_corpus
     corpora = [load(corpus, split) for split in SPLITS]
+    if test_corpus:
+        corpora[-1] = load(test_corpus, "test")
     if is_first_process():
         for problem in dict.fromkeys(problem for split in corpora for problem in split.left_out):
             print(f"left out: {corpus}: {problem}", file=sys.stderr)
@@ -111,7 +116,10 @@ def open_data(
     truth, foils = read_ground_truth(test), read_foils(test)
     if foils and skip_bad:
         foils = foils.keep(leave_out_unreadable(foils.corpus))
-    hearing = hearing or (Hearing() if truth else Hearing(snr_db=None, reverberation=False))
+    generated = bool(read_ground_truth(corpora[1]) if test_corpus else truth)
+    hearing = Hearing() if generated else Hearing(snr_db=None, reverberation=False)
+    if snr_db is not None:
+        hearing = replace(hearing, snr_db=(snr_db, snr_db))
     text_encoder = image_encoder.text if truth else None
     spoken = [*corpora, *([foils.corpus] if foils else [])]
     wanted = [(split, image_encoder) for split in corpora]
@@ -158,6 +166,8 @@ def run_experiment(
     image_encoder: Encoder = IMAGE,
     online: bool = False,
     features: Path | None = None,
+    snr_db: float | None = None,
+    test_corpus: Path | None = None,
     device: str = "auto",
     skip_bad: bool = False,
     **recipe: Any,
@@ -191,6 +201,8 @@ def run_experiment(
             image_encoder=image_encoder,
             online=online,
             features=features,
+            snr_db=snr_db,
+            test_corpus=test_corpus,
             device=device,
             skip_bad=skip_bad,
         )
@@ -257,6 +269,7 @@ def measure(
         ),
         "text_ceiling": text_ceiling(data),
         "learning_curve": trained.curve,
+        "new_words": new_words(table, corpus, training.without_words),
         "restoration": restoration(data.validation, trained) if training.weight else None,
         "cost": {
             "trainable_parameters": _count(model, trained.denoisers, trained.competitor),
@@ -297,6 +310,19 @@ def measure(
     write_json(run_folder / "settings.json", asdict(training))
     write_json(run_folder / "result.json", result)
     return result
+
+
+def new_words(table: RankTable, corpus: Corpus, words: str) -> dict[str, Any] | None:
+    """R@1 of speech → image in percent, apart for captions that hold one of the words which were
+    kept out of training and for the others; None where no word was, or where either is none."""
+    held = holding(corpus.captions, words)
+    if not 0 < held.sum() < len(held):
+        return None
+    found = table.ranks("speech_to_image") == 1
+    return {
+        name: {"R@1": 100 * float(found[rows].mean()), "captions": int(rows.sum())}
+        for name, rows in (("new", held), ("known", ~held))
+    }
 
 
 def restoration(features: Features, trained: Trained) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What is trained: the retrieval model; in training a denoiser beside it; losses and the loop."""
 
+from cmdlab.retrieval.batches import holding
 from cmdlab.retrieval.denoising import Denoising
 from cmdlab.retrieval.diagnosis import restoration_by_context
 from cmdlab.retrieval.model import Frozen, RetrievalModel
@@ -30,6 +31,7 @@ __all__ = [
     "embed_images",
     "embed_speech",
     "first_process_first",
+    "holding",
     "is_first_process",
     "joined",
     "make_batch",

@@ -1,9 +1,12 @@
 """Which captions a step of training takes. The seed and the step's number decide it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from cmdlab.corpora import Caption
 from cmdlab.encoders import Features
 from cmdlab.errors import InputError
 
@@ -29,11 +32,13 @@ class Batches:
         batch_size: int,
         images: int = 0,
         hard_negatives: float = 0.0,
+        without_words: str = "",
     ) -> None:
         """images: how many pictures are used, drawn by the seed; of one seed, fewer are part of
-        more; 0: all. hard_negatives: up to 0.5.
+        more; 0: all. hard_negatives: up to 0.5. without_words: captions that hold one of these are
+        left out, see `holding`.
 
-        Raises InputError for more pictures than there are.
+        Raises InputError for more pictures than there are, and where no caption is left.
         """
         there = len(features.image)
         if images > there:
@@ -44,11 +49,16 @@ class Batches:
         self.seed = seed
         self.image_of = features.image_index.numpy()
         self.used = np.flatnonzero(np.isin(self.image_of, drawn))
+        if without_words:
+            self.used = self.used[~holding(features.corpus.captions, without_words)[self.used]]
+        if not len(self.used):
+            raise InputError(f"without_words: {without_words!r} leaves no caption to train with")
         self.size = min(batch_size, len(self.used))
         self.count = len(self.used) // self.size
         self.hard = int(hard_negatives * self.size)
         if self.hard:
-            self.alike = _most_alike(features.image.embeddings, np.sort(drawn))
+            told_of = np.unique(self.image_of[self.used])
+            self.alike = _most_alike(features.image.embeddings, told_of)
             order = self.used[np.argsort(self.image_of[self.used], kind="stable")]
             counts = np.bincount(self.image_of[order], minlength=there)
             self.captions_of = np.split(order, np.cumsum(counts)[:-1])
@@ -63,6 +73,12 @@ class Batches:
             rng = np.random.default_rng([self.seed, 1 << 33, step])
             captions[-self.hard :] = [rng.choice(self.captions_of[image]) for image in alike]
         return torch.from_numpy(captions)
+
+
+def holding(captions: Sequence[Caption], words: str) -> np.ndarray:
+    """Which of the captions hold one of the words, which blanks part; bool [captions]."""
+    sought = set(words.split())
+    return np.array([not sought.isdisjoint(caption.text.split()) for caption in captions])
 
 
 def _most_alike(embeddings: Tensor, images: np.ndarray) -> np.ndarray:

@@ -52,6 +52,9 @@ class Training:
     hard_negatives: float = parameter(
         0.0, "part of a batch, up to 0.5, that looks most like the rest"
     )
+    without_words: str = parameter(
+        "", "captions that hold one of these words are left out of training"
+    )
     chunk: int = parameter(
         0, "captions that a process computes at a time, to save memory; 0: all of its own"
     )
@@ -170,6 +173,7 @@ def train(
         batch_size=training.batch_size,
         images=training.images,
         hard_negatives=training.hard_negatives,
+        without_words=training.without_words,
     )
     if training.epochs:
         training = replace(training, steps=training.epochs * batches.count)

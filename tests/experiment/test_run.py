@@ -4,10 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from cmdlab.corpora import load_corpus, read_foils, read_image
+from cmdlab.corpora import load_corpus, make_variant, read_foils, read_image
 from cmdlab.corpora.speaking import TEST_ONLY_VOICES
 from cmdlab.encoders import IMAGE, TEXT, Encoder
 from cmdlab.errors import InputError
@@ -224,6 +225,63 @@ def test_with_perfect_hearing_the_same_heads_learn_from_the_words(smoke_corpus, 
         Retriever(tmp_path / "run" / "model")
     with pytest.raises(InputError, match="tiny-words has no weights"):
         Encoder("tiny-words", "mine.safetensors").open()
+
+
+def test_a_range_finder_takes_the_place_of_speech(smoke_corpus, tmp_path):
+    make_variant(smoke_corpus, tmp_path / "scans", "scans")
+    result = run_experiment(
+        *(tmp_path / "scans", tmp_path / "run"),
+        **{"speech_encoder": Encoder("tiny-scan"), "device": "cpu"},
+        **RECIPE | {"steps": 60, "learning_rate": 1e-2, "weight": 0.1},
+    )
+    learnt = [point["contrastive"] for point in result["learning_curve"]]
+    assert learnt[-1] < 0.85 * learnt[0]  # by heart: forty scenes are few
+    assert result["alignment"] is result["text_ceiling"] is None
+    assert read_result(tmp_path / "run" / "result.json")["corpus"]["name"] == "RangeScans"
+
+
+def test_a_model_is_tested_on_pictures_of_another_hand(smoke_corpus, tmp_path):
+    make_variant(smoke_corpus, tmp_path / "sketches", "sketches")
+    own, other = (
+        run_experiment(
+            *(smoke_corpus, tmp_path / name),
+            **{"test_corpus": corpus, "features": tmp_path / "features", "device": "cpu"},
+            **RECIPE,
+        )
+        for name, corpus in (("own", None), ("other", tmp_path / "sketches"))
+    )
+    assert own["metrics"]["validation"] == other["metrics"]["validation"]
+    assert own["metrics"]["test"] != other["metrics"]["test"]
+    assert other["corpus"]["name"] == "SketchedScenes"
+    captions = [
+        open_data(
+            smoke_corpus, test_corpus=corpus, features=tmp_path / "features"
+        ).test.speech.tokens([3])[0]
+        for corpus in (None, tmp_path / "sketches")
+    ]
+    assert torch.equal(*captions)  # heard alike: the hand is all that differs
+
+
+def test_speech_can_be_heard_in_more_noise(smoke_corpus, tmp_path):
+    clean, noisy = (
+        open_data(smoke_corpus, snr_db=snr_db, features=tmp_path / "features").test.speech
+        for snr_db in (60.0, -5.0)
+    )
+    assert torch.equal(clean.lengths, noisy.lengths)
+    assert not torch.equal(clean.tokens([0])[0], noisy.tokens([0])[0])
+
+
+def test_words_kept_out_of_training_are_told_of_apart(smoke_corpus, smoke_data, tmp_path):
+    result = run_experiment(
+        smoke_corpus, tmp_path / "run", device="cpu", **RECIPE, without_words="red scarlet"
+    )
+    texts = [caption.text.split() for caption in smoke_data.test.corpus.captions]
+    new = np.array([bool({"red", "scarlet"} & set(text)) for text in texts])
+    found = RankTable.load(tmp_path / "run" / "ranks.npz").ranks("speech_to_image") == 1
+    for name, rows in (("new", new), ("known", ~new)):
+        assert result["new_words"][name]["captions"] == rows.sum() > 0
+        assert result["new_words"][name]["R@1"] == pytest.approx(100 * found[rows].mean())
+    assert read_result(tmp_path / "run" / "result.json")["new_words"] == result["new_words"]
 
 
 def test_the_report_reads_the_examples(runs, smoke_data):

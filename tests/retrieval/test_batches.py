@@ -27,7 +27,13 @@ def features() -> SimpleNamespace:
     seen = torch.randn(5, 16, generator=generator).repeat_interleave(2, 0)
     seen += 0.1 * torch.randn(10, 16, generator=generator)
     of = torch.arange(10).repeat(4)[torch.randperm(40, generator=generator)]
-    return SimpleNamespace(image=Pictures(normalize(seen, dim=-1)), image_index=of)
+    said = ["a red star", "a ring", "a starry ring", "red and blue"]
+    captions = [SimpleNamespace(text=said[i % 4]) for i in range(40)]
+    return SimpleNamespace(
+        image=Pictures(normalize(seen, dim=-1)),
+        image_index=of,
+        corpus=SimpleNamespace(captions=captions),
+    )
 
 
 def test_an_epoch_takes_no_caption_twice(features):
@@ -51,6 +57,23 @@ def test_fewer_pictures_bring_all_of_their_captions_and_are_part_of_more(feature
     assert of[2] < of[5]
     with pytest.raises(InputError, match="images: 99 are more than the 10 of the training split"):
         Batches(features, seed=1, batch_size=8, images=99)
+
+
+@pytest.mark.parametrize("hard_negatives", [0.0, 0.5])
+def test_captions_that_hold_a_word_kept_out_are_in_no_batch(features, hard_negatives):
+    """A word is a whole one: "star" is not in "starry"."""
+    batches = Batches(
+        features,
+        seed=1,
+        batch_size=10,
+        hard_negatives=hard_negatives,
+        without_words="star blue",
+    )
+    taken = torch.cat([batches.captions(step) for step in range(30)])
+    assert set((taken % 4).tolist()) == {1, 2}
+    assert set(taken.tolist()) == {i for i in range(40) if i % 4 in (1, 2)}
+    with pytest.raises(InputError, match="'a red' leaves no caption"):
+        Batches(features, seed=1, batch_size=10, without_words="a red")
 
 
 @pytest.mark.parametrize("images", [0, 7])
