@@ -8,10 +8,11 @@ from cmdlab.evaluation.ranks import (
     ranks_of_scores,
     retrieval_metrics,
 )
-from cmdlab.evaluation.statistics import Comparison, Interval, compare, holm, interval
+from cmdlab.evaluation.statistics import SCREEN, Comparison, Interval, compare, holm, interval
 from cmdlab.evaluation.voices import Voices
 
 __all__ = [
+    "SCREEN",
     "Comparison",
     "Interval",
     "RankTable",

@@ -42,18 +42,22 @@ from cmdlab.errors import InputError
 from cmdlab.evaluation.ranks import CUTOFFS, RankTable
 
 DIRECTIONS = ("speech_to_image", "image_to_speech")
+SCREEN = 12  # pictures that a user sees at once
 
 # The median rank is not among them: it moves in whole steps, and a bootstrap of it is all lumps.
 METRICS = (
     "mean_R@1",
     *(f"{direction}/R@{k}" for direction in DIRECTIONS for k in CUTOFFS),
     *(f"{direction}/MRR" for direction in DIRECTIONS),
+    f"speech_to_image/R@{SCREEN}",
+    "speech_to_image/mean_rank",  # pictures looked at, the right one among them
 )
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric's mean over the seeds and its 95 % interval; R@K in percent, MRR from 0 to 1."""
+    """A metric's mean over the seeds and its 95 % interval; R@K in percent, MRR from 0 to 1, ranks
+    from 1."""
 
     mean: float
     low: float
@@ -98,8 +102,9 @@ def interval(
     results, resampled, images = _bootstrap(tables, metric, captions, resamples, seed)
     estimate = _estimate(results, resampled, images)
     low, high = estimate.interval()
-    best = 1.0 if metric.endswith("MRR") else 100.0
-    return Interval(estimate.mean, max(low, 0.0), min(high, best), results.tolist())
+    measure = metric.split("/")[-1]
+    worst, best = {"MRR": (0.0, 1.0), "mean_rank": (1.0, np.inf)}.get(measure, (0.0, 100.0))
+    return Interval(estimate.mean, max(low, worst), min(high, best), results.tolist())
 
 
 def compare(
@@ -273,8 +278,13 @@ def _by_image(
     sums = []
     for table in tables:
         ranks = table.ranks(direction)[chosen]
-        scores = 1 / ranks if measure == "MRR" else 100.0 * (ranks <= int(measure[2:]))
-        sums.append(np.bincount(places[chosen], weights=scores, minlength=images))
+        sums.append(np.bincount(places[chosen], weights=_scores(ranks, measure), minlength=images))
     counts = np.bincount(places[chosen], minlength=images).astype(float)
     asked = counts > 0
     return np.stack(sums, axis=1)[asked], counts[asked]
+
+
+def _scores(ranks: np.ndarray, measure: str) -> np.ndarray:
+    if measure == "mean_rank":
+        return ranks
+    return 1 / ranks if measure == "MRR" else 100.0 * (ranks <= int(measure[2:]))

@@ -12,6 +12,7 @@ from cmdlab.reporting.numbers import duration
 from cmdlab.reporting.page import Figure, Section, Table, bullets, paragraph, write_page
 from cmdlab.reporting.restoring import restoring_section
 from cmdlab.reporting.study import HEADLINE, ArmComparison, Study, read_study
+from cmdlab.reporting.users import SCRIPT, users_section
 from cmdlab.reporting.voices import voices_section
 
 
@@ -45,13 +46,15 @@ def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None
             _alignment(study),
             *([restoring] if restoring else []),
             *([voices] if voices else []),
+            users_section(study),
             _examples(study, examples),
             _maps(examples),
             _limits(study),
             _provenance(study),
         ],
-        footer="Drawn by cmdlab report from run records. The page holds no script and makes no "
-        "request.",
+        footer="Drawn by cmdlab report from run records. The page's one script computes the form "
+        "for the reader's own numbers; it makes no request.",
+        script=SCRIPT,
     )
 
 

@@ -1,8 +1,11 @@
 """One self-contained HTML page: sections of prose, tables and figures, written whole or not at all.
 
-Every string that is not `Markup` is escaped. The page's own policy forbids scripts and requests.
+Every string that is not `Markup` is escaped. The page's own policy forbids requests, and scripts
+but for the one that the page is written with.
 """
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,12 +103,20 @@ def template(name: str) -> jinja2.Template:
 
 
 def write_page(
-    output: Path, *, title: str, kicker: str, lead: str, sections: Sequence[Section], footer: str
+    output: Path,
+    *,
+    title: str,
+    kicker: str,
+    lead: str,
+    sections: Sequence[Section],
+    footer: str,
+    script: str = "",
 ) -> None:
     """Render a page and put it in place of `output` in one step.
 
-    kicker: a few words above the title. lead: the line below it. The same arguments give the same
-    bytes. Raises InputError for a page of LARGEST_PAGE bytes or more.
+    kicker: a few words above the title. lead: the line below it. script: run when the page is
+    there; trusted. The same arguments give the same bytes.
+    Raises InputError for a page of LARGEST_PAGE bytes or more.
     """
     html = template("template.html").render(
         title=title,
@@ -114,6 +125,8 @@ def write_page(
         sections=sections,
         footer=footer,
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     content = html.encode(errors="backslashreplace")  # text of a data set may be no UTF-8
     if len(content) >= LARGEST_PAGE:

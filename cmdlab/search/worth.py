@@ -23,12 +23,12 @@ from cmdlab.corpora import (
     without_silence,
 )
 from cmdlab.errors import InputError
+from cmdlab.evaluation import SCREEN
 from cmdlab.reporting import Estimate, Worth, draw_worth
 from cmdlab.search.index import Index
 from cmdlab.search.retriever import Retriever
 from cmdlab.search.verdicts import LOG, rank_of, read_verdicts
 
-SCREEN = 12  # pictures that the page shows at once
 CUTOFFS = (1, 5, 10, SCREEN)
 RESAMPLES = 2000
 

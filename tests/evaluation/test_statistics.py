@@ -67,6 +67,18 @@ def test_some_captions_are_judged_as_if_there_were_no_others(metric):
     assert interval(tables, metric, captions=np.ones(120, bool)) == interval(tables, metric)
 
 
+def test_what_a_user_meets_is_the_mean_rank_and_one_screen():
+    """Fifty queries, all first but three: at places 12, 13 and 40."""
+    greater = np.zeros(50, np.int64)
+    greater[:3] = 11, 12, 39
+    none, rows = np.zeros(50, np.int64), np.arange(50)
+    table = RankTable(greater, none, rows, none, none, rows)
+    looked_at = interval([table], "speech_to_image/mean_rank")
+    assert looked_at.mean == (47 + 12 + 13 + 40) / 50
+    assert 1 <= looked_at.low < looked_at.mean < looked_at.high
+    assert interval([table], "speech_to_image/R@12").mean == 96
+
+
 OWNER = np.repeat(np.arange(60), np.arange(60) % 3 + 1)  # 1 to 3 captions an image
 
 

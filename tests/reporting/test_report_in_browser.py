@@ -88,12 +88,38 @@ def test_markup_in_a_caption_is_shown_as_text(opened):
     assert page.locator("h1").inner_text() == HOSTILE
     assert page.locator(".query h4").first.inner_text() == f"“{HOSTILE}”"
     assert page.title() == HOSTILE
-    assert page.evaluate("document.scripts.length") == 0
+    assert page.evaluate("document.scripts.length") == 1
 
 
 def test_the_page_itself_never_scrolls_sideways(opened):
     page, _ = opened
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+def test_the_form_computes_with_the_readers_own_numbers(opened):
+    """On the test gallery it gives the table's means; twice the pictures, about twice as many
+    are looked at; a field that cannot be read changes nothing."""
+    page, _ = opened
+
+    def shown() -> list[list[str]]:
+        rows = page.locator("#users-form tbody tr").all()
+        return [row.locator("output").all_inner_texts() for row in rows]
+
+    cells = page.locator("#users-table tbody tr").first.locator("td").all_inner_texts()
+    before = shown()
+    assert before[0][1] == cells[1].split("\n")[0]
+    assert before[-1] == ["20.0 %", "30.5", "30.5 s", "0.8 h"]  # leafing through 60, 100 times
+    page.fill("input[name=pictures]", "119")
+    page.fill("input[name=seconds]", "2")
+    after = shown()
+    for old, new in zip(before, after, strict=True):
+        assert float(new[1]) == pytest.approx(2 * float(old[1]) - 1, abs=0.16)
+        assert float(new[2].split()[0]) == pytest.approx(2 * float(new[1]), abs=0.11)
+        assert float(new[0].split()[0]) < float(old[0].split()[0])
+    page.fill("input[name=pictures]", "")
+    assert shown() == after
+    page.fill("input[name=pictures]", "60")
+    page.fill("input[name=seconds]", "1")
 
 
 def test_wide_tables_scroll_and_can_be_reached_with_the_keyboard(opened):
