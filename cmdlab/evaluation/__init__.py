@@ -8,7 +8,15 @@ from cmdlab.evaluation.ranks import (
     ranks_of_scores,
     retrieval_metrics,
 )
-from cmdlab.evaluation.statistics import SCREEN, Comparison, Interval, compare, holm, interval
+from cmdlab.evaluation.statistics import (
+    SCREEN,
+    Comparison,
+    Interval,
+    compare,
+    compare_by_seed,
+    holm,
+    interval,
+)
 from cmdlab.evaluation.voices import Voices
 
 __all__ = [
@@ -18,6 +26,7 @@ __all__ = [
     "RankTable",
     "Voices",
     "compare",
+    "compare_by_seed",
     "evaluate_file",
     "holm",
     "interval",

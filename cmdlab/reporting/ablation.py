@@ -10,6 +10,7 @@ from cmdlab.reporting.claim import claim, meaning
 from cmdlab.reporting.examples import Examples, map_blocks, queries_html, read_examples
 from cmdlab.reporting.numbers import duration
 from cmdlab.reporting.page import Figure, Section, Table, bullets, paragraph, write_page
+from cmdlab.reporting.pairs import pairs_section
 from cmdlab.reporting.restoring import restoring_section
 from cmdlab.reporting.study import HEADLINE, ArmComparison, Study, read_study
 from cmdlab.reporting.users import SCRIPT, users_section
@@ -28,6 +29,7 @@ def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None
     comparisons = study.comparisons()
     examples = read_examples(study)
     voices, restoring = voices_section(study), restoring_section(study)
+    pairs = pairs_section(study)
     cells = len(study.runs) + len(study.lost)
     corpora = sorted({run.record["corpus"]["name"] for run in study.runs})
     write_page(
@@ -40,6 +42,7 @@ def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None
             _claim(study, comparisons),
             _results(study),
             _differences(study, comparisons),
+            *([pairs] if pairs else []),
             _axes(study),
             _curves(study),
             _cost(study),

@@ -87,6 +87,7 @@ class Study:
     """Finished runs and lost cells of one sweep, the baseline first among the arms.
 
     `ceilings` are arms that no method can be, as perfect hearing: shown last, compared with none.
+    `pairs` are comparisons of two arms beside those with the baseline, by family.
     """
 
     title: str
@@ -99,6 +100,7 @@ class Study:
     axis_names: tuple[str, ...]
     chosen_arms: frozenset[str]
     ceilings: frozenset[str]
+    pairs: dict[str, list[tuple[str, str]]]
 
     def of(self, arm: str) -> list[Run]:
         """The finished runs of an arm, in the order of their seeds."""
@@ -181,35 +183,37 @@ class Study:
 
     def _compare(self, arm: str, metric: str) -> ArmComparison:
         planned = arm in self.planned
-        controls = {run.seed: run for run in self.of(self.baseline)}
-        treatments = {run.seed: run for run in self.of(arm)}
-        seeds = tuple(sorted(controls.keys() & treatments.keys()))
-        if not seeds:
-            return ArmComparison(arm, planned, (), reason="no seed in common with the baseline")
-        queries = controls[seeds[0]].ranks.speech_image
-        pairs = [
-            run.ranks.speech_image for seed in seeds for run in (controls[seed], treatments[seed])
-        ]
-        corpora = {
-            run.record["corpus"]["content_hash"]
-            for seed in seeds
-            for run in (controls[seed], treatments[seed])
-        }
-        if len(corpora) > 1 or not all(np.array_equal(queries, other) for other in pairs):
-            return ArmComparison(arm, planned, seeds, reason="other test queries than the baseline")
-        result = compare(
-            [treatments[seed].ranks for seed in seeds],
-            [controls[seed].ranks for seed in seeds],
-            metric,
-        )
+        pairs = self.paired(arm, self.baseline)
+        seeds = tuple(own.seed for own, _ in pairs)
+        if reason := incomparable(pairs):
+            return ArmComparison(arm, planned, seeds, reason=reason)
+        result = compare([own.ranks for own, _ in pairs], [of.ranks for _, of in pairs], metric)
         return ArmComparison(arm, planned, seeds, result)
+
+    def paired(self, arm: str, other: str) -> list[tuple[Run, Run]]:
+        """The runs of both arms at the seeds that both have, in the order of their seeds."""
+        others = {run.seed: run for run in self.of(other)}
+        return [(run, others[run.seed]) for run in self.of(arm) if run.seed in others]
+
+
+def incomparable(pairs: Sequence[tuple[Run, Run]]) -> str:
+    """Why runs in pairs are not to be compared; empty where they are."""
+    if not pairs:
+        return "no seed in common with the other arm"
+    runs = [run for pair in pairs for run in pair]
+    corpora = {run.record["corpus"]["content_hash"] for run in runs}
+    queries = runs[0].ranks.speech_image
+    if len(corpora) > 1 or not all(np.array_equal(queries, r.ranks.speech_image) for r in runs):
+        return "other test queries than the other arm"
+    return ""
 
 
 def read_study(sources: Sequence[Path], *, title: str | None = None) -> Study:
     """The study in `sources`: sweep listings, folders of runs, or run folders, as `load_records`.
 
     The first listing gives title, baseline and axes, and may hold `planned`, `ceilings` and
-    `chosen_on_validation`, lists of arms. Without `planned` every comparison is a planned one.
+    `chosen_on_validation`, lists of arms, and `pairs`, lists of two arms by family. Without
+    `planned` every comparison is a planned one.
     Raises InputError where the baseline has no finished run, ranks contradict their record, or two
     different runs stand for one arm and seed.
     """
@@ -261,6 +265,10 @@ def read_study(sources: Sequence[Path], *, title: str | None = None) -> Study:
         axis_names=tuple(listing.get("axes") or ()),
         chosen_arms=frozenset(map(str, listing.get("chosen_on_validation") or [])),
         ceilings=ceilings,
+        pairs={
+            str(family): [(str(arm), str(other)) for arm, other in asked]
+            for family, asked in (listing.get("pairs") or {}).items()
+        },
     )
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from cmdlab.evaluation import SCREEN, Interval, compare
 from cmdlab.reporting.numbers import number, signed
 from cmdlab.reporting.page import Column, Row, Section, Table, paragraph
-from cmdlab.reporting.study import Study
+from cmdlab.reporting.study import Study, incomparable
 from cmdlab.reporting.tables import arm_label, record_links
 
 SECONDS = 1.0  # that a look at a picture takes; stated, not measured
@@ -77,14 +77,12 @@ def _cell(found: Interval, unit: str = "") -> Markup:
 
 def _saved(study: Study, arm: str) -> str:
     """Seconds that the baseline takes longer, on the seeds that both have."""
-    own = {run.seed: run for run in study.of(arm)}
-    theirs = {run.seed: run for run in study.of(study.baseline)}
-    seeds = sorted(own.keys() & theirs.keys())
-    pairs = [(own[seed].ranks, theirs[seed].ranks) for seed in seeds]
-    alike = all(np.array_equal(a.speech_image, b.speech_image) for a, b in pairs)
-    if arm not in study.compared_arms or not pairs or not alike:
+    pairs = study.paired(arm, study.baseline)
+    if arm not in study.compared_arms or incomparable(pairs):
         return ""
-    found = compare([b for _, b in pairs], [a for a, _ in pairs], "speech_to_image/mean_rank")
+    found = compare(
+        [of.ranks for _, of in pairs], [own.ranks for own, _ in pairs], "speech_to_image/mean_rank"
+    )
     mean, low, high = (signed(SECONDS * x) for x in (found.difference, found.low, found.high))
     return Markup('{} s<span class="interval">{} to {}</span>').format(mean, low, high)
 

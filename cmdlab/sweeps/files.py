@@ -17,7 +17,7 @@ from cmdlab.records import SCHEMA, source_sha256
 from cmdlab.sweeps.notebooks import Notebook, read_notebook
 
 KEYS = (
-    *("notebook", "title", "baseline", "planned", "ceilings"),
+    *("notebook", "title", "baseline", "planned", "ceilings", "pairs"),
     *("fixed", "seeds", "arms", "axes", "grid"),
 )
 OWN_PARAMETERS = ("seed", "smoke", "run_folder")  # the sweep itself sets them
@@ -62,13 +62,18 @@ def read_sweep(
             raise InputError(f"{file}: {key} is {value!r}; give a list of arms")
     if baseline in ceilings:
         raise InputError(f"{file}: ceilings: {baseline!r} is the baseline; take another arm")
+    pairs = _pairs(file, plan, arms)
     name = file.stem + ("-smoke" if smoke else "")
     seeds = plan["seeds"][:1] if smoke else plan["seeds"]
     source = source_sha256()
-    contents = {
-        at: _corpus_hash(file, *at)
-        for at in {(point.get("corpus"), point.get("skip_bad", False)) for point in arms.values()}
-    }
+    hashes: dict[tuple[Any, bool], str | None] = {}
+
+    def corpus_hash(point: Mapping[str, Any], name: str) -> str | None:
+        at = point.get(name), point.get("skip_bad", False)
+        if at not in hashes:
+            hashes[at] = _corpus_hash(file, *at)
+        return hashes[at]
+
     cells = []
     for seed, (arm, point) in itertools.product(seeds, arms.items()):
         parameters = point | {"seed": seed, "smoke": smoke}
@@ -76,7 +81,8 @@ def read_sweep(
             "parameters": parameters,
             "notebook": notebook.sha256,
             "source": source,
-            "corpus": contents[point.get("corpus"), point.get("skip_bad", False)],
+            "corpus": corpus_hash(point, "corpus"),
+            "test_corpus": corpus_hash(point, "test_corpus") if point.get("test_corpus") else None,
             "weights": _weights_hashes(file, point),
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -92,6 +98,7 @@ def read_sweep(
         "baseline": baseline,
         "planned": planned,
         "ceilings": ceilings,
+        "pairs": pairs,
         "axes": axes,
         "cells": [
             {"id": cell.id, "arm": cell.arm, "seed": cell.seed, "status": "missing"}
@@ -118,7 +125,7 @@ def _read_plan(file: Path) -> dict[str, Any]:
     for key, kind in {"notebook": str, "title": str, "baseline": str}.items():
         if key in plan and not isinstance(plan[key], kind):
             raise InputError(f"{file}: {key} is {plan[key]!r}; give it as text")
-    for key in ("fixed", "arms", "axes", "grid"):
+    for key in ("fixed", "arms", "axes", "grid", "pairs"):
         if not isinstance(plan.get(key, {}), dict):
             raise InputError(f"{file}: {key} is {plan[key]!r}; give it as a mapping")
     if "notebook" not in plan:
@@ -205,6 +212,23 @@ def _arms(
                     add(arm, (plan["arms"][base] or {}) | {name: value}, entry)
                 axes[name].append({"value": value, "arm": arm})
     return arms, axes
+
+
+def _pairs(file: Path, plan: dict[str, Any], arms: Mapping[str, Any]) -> dict[str, Any]:
+    """The comparisons of two arms that are asked for beside those with the baseline, by family."""
+    pairs: dict[str, Any] = plan.get("pairs", {})
+    for family, asked in pairs.items():
+        for pair in asked if isinstance(asked, list) else [asked]:
+            if not isinstance(pair, list) or len(set(map(repr, pair))) != 2 or len(pair) != 2:
+                raise InputError(
+                    f"{file}: pairs: {family} holds {pair!r}; give a list of [arm, other arm]"
+                )
+            if unknown := [arm for arm in pair if arm not in arms]:
+                raise InputError(
+                    f"{file}: pairs: {family}: {unknown[0]!r} is no arm; the arms are "
+                    f"{', '.join(arms)}"
+                )
+    return pairs
 
 
 def _lists(file: Path, plan: dict[str, Any], key: str) -> dict[str, list[Any]]:

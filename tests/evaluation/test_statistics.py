@@ -10,7 +10,7 @@ from scipy import stats
 
 from cmdlab.errors import InputError
 from cmdlab.evaluation.ranks import RankTable, rank_table
-from cmdlab.evaluation.statistics import METRICS, compare, holm, interval
+from cmdlab.evaluation.statistics import METRICS, compare, compare_by_seed, holm, interval
 
 
 def table_of_hits(speech_hits, image_hits, owner):
@@ -65,6 +65,26 @@ def test_some_captions_are_judged_as_if_there_were_no_others(metric):
     if metric.endswith("R@1"):
         assert found.per_seed == pytest.approx(100 * hits[:, chosen].mean(1))
     assert interval(tables, metric, captions=np.ones(120, bool)) == interval(tables, metric)
+
+
+@given(
+    st.integers(2, 12).flatmap(
+        lambda n: st.tuples(*[st.lists(st.integers(0, 990), min_size=n, max_size=n)] * 2)
+    )
+)
+def test_one_number_a_seed_is_compared_as_scipy_does(arms):
+    found = compare_by_seed(*arms)
+    expected = stats.ttest_rel(*arms)
+    assert found.difference == pytest.approx(np.mean(np.subtract(*arms)))
+    if np.ptp(np.subtract(*arms)):
+        assert found.p_value == pytest.approx(expected.pvalue, rel=1e-6)
+        assert (found.low, found.high) == pytest.approx(expected.confidence_interval(0.95))
+
+
+def test_one_number_a_seed_needs_two_seeds():
+    with pytest.raises(InputError, match="the same two seeds or more"):
+        compare_by_seed([1.0], [2.0])
+    assert compare_by_seed([3.0, 3.0], [2.0, 2.0]).p_value == 0
 
 
 def test_what_a_user_meets_is_the_mean_rank_and_one_screen():

@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmdlab.errors import InputError
+from cmdlab.evaluation import compare, compare_by_seed, holm
 from cmdlab.evaluation.ranks import RankTable
 from cmdlab.reporting import write_report
+from cmdlab.reporting.numbers import p_value
 from cmdlab.reporting.study import read_study, wilson
 from cmdlab.reporting.users import SCRIPT
 
@@ -243,6 +245,36 @@ def test_only_planned_comparisons_share_the_planned_family(make_study, tmp_path)
         cells = row(page, "differences-table", arm)
         assert kind in cells[0].parent.th.get_text()
         assert cells[2].get_text() == cells[3].get_text()  # a family of one needs no correction
+
+
+def test_arms_are_compared_in_the_pairs_that_the_sweep_asks_for(make_study, tmp_path):
+    """By mean R@1 and the foil test, corrected together within a family."""
+    arms = {"contrastive": {"weight": 0.0}, "cmd-image": {}, "cmd-both": {"direction": "both"}}
+    asked = [["cmd-image", "contrastive"], ["cmd-both", "cmd-image"]]
+    runs = make_study(
+        *(tmp_path / "runs",),
+        **{"arms": arms, "effects": {"cmd-image": 0.4, "cmd-both": 0.5}, "examples": False},
+        listing={"pairs": {"As planned": asked, "Controls": asked[1:]}},
+    )
+    write_report([runs], tmp_path / "report.html")
+    page, study = read(tmp_path / "report.html"), read_study([runs])
+    rows = {
+        line.th.get_text(): [cell.get_text(" ") for cell in line.find_all("td")]
+        for line in page.find(id="pairs-as-planned-table").tbody.find_all("tr")
+    }
+    assert list(rows) == ["cmd-image minus contrastive", "cmd-both minus cmd-image"]
+    listed = row(page, "differences-table", "cmd-image")
+    assert rows["cmd-image minus contrastive"][0].split()[0] == listed[0].get_text()
+    expected = []
+    for arm, other in asked:
+        pairs = study.paired(arm, other)
+        by_recall = compare([a.ranks for a, _ in pairs], [b.ranks for _, b in pairs], "mean_R@1")
+        foils = [[run.record["alignment"]["foil"]["wins"] for run in p] for p in pairs]
+        expected += [by_recall.p_value, compare_by_seed(*zip(*foils, strict=True)).p_value]
+    shown = [cell for cells in rows.values() for cell in (cells[2], cells[6])]
+    assert shown == [p_value(one) for one in holm(expected)]
+    alone = page.find(id="pairs-controls-table").tbody.find_all("tr")
+    assert [line.th.get_text() for line in alone] == ["cmd-both minus cmd-image"]
 
 
 def test_a_ceiling_is_shown_last_and_compared_with_none(make_study, tmp_path):
