@@ -15,6 +15,7 @@ from cmdlab.reporting.restoring import restoring_section
 from cmdlab.reporting.study import HEADLINE, ArmComparison, Study, read_study
 from cmdlab.reporting.users import SCRIPT, users_section
 from cmdlab.reporting.voices import voices_section
+from cmdlab.reporting.words import words_section
 
 
 def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None) -> None:
@@ -29,7 +30,7 @@ def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None
     comparisons = study.comparisons()
     examples = read_examples(study)
     voices, restoring = voices_section(study), restoring_section(study)
-    pairs = pairs_section(study)
+    pairs, words = pairs_section(study), words_section(study)
     cells = len(study.runs) + len(study.lost)
     corpora = sorted({run.record["corpus"]["name"] for run in study.runs})
     write_page(
@@ -49,6 +50,7 @@ def write_report(runs: Sequence[Path], output: Path, *, title: str | None = None
             _alignment(study),
             *([restoring] if restoring else []),
             *([voices] if voices else []),
+            *([words] if words else []),
             users_section(study),
             _examples(study, examples),
             _maps(examples),

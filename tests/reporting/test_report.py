@@ -443,6 +443,23 @@ def _given(page) -> list[dict[str, float]]:
     ]
 
 
+def test_words_kept_out_of_training_are_told_of_apart(make_study, tmp_path):
+    new_words = {"new": {"R@1": 12.5, "captions": 16}, "known": {"R@1": 40.0, "captions": 84}}
+    arms = {"contrastive": {"weight": 0.0, "without_words": "red <b>"}, "cmd-image": {}}
+    runs = make_study(tmp_path / "runs", arms=arms, record={"new_words": new_words}, examples=False)
+    write_report([runs], tmp_path / "report.html")
+    page = read(tmp_path / "report.html")
+    assert "were left out: red <b>." in text_of(page, "words")
+    assert [cell.get_text() for cell in row(page, "words-table", "contrastive")][:6] == [
+        *("12.5", "–", "16"),
+        *("40.0", "–", "84"),
+    ]
+    assert row(page, "words-table", "cmd-image")[1].get_text() == "0.00.0 to 0.0"
+    runs = make_study(tmp_path / "none", examples=False)
+    write_report([runs], tmp_path / "report.html")
+    assert read(tmp_path / "report.html").find(id="words") is None
+
+
 def test_text_of_a_data_set_is_never_markup(make_study, tmp_path):
     arms = {"contrastive": {"weight": 0.0}, HOSTILE: {"direction": HOSTILE}}
     make_study(tmp_path / "runs", arms=arms, text=HOSTILE, title=HOSTILE, seeds=(1,))
