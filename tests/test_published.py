@@ -16,6 +16,10 @@ from cmdlab.sweeps.notebooks import read_notebook
 
 ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "reports"
+PUBLISHED = [
+    *("study", "ablation", "competitors", "little-data", "binding"),
+    *("fair", "fair-search", "fair-search-little"),
+]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -24,7 +28,7 @@ def text(page: Path) -> list[str]:
     return soup.get_text(" ").split()
 
 
-@pytest.mark.parametrize("name", ["study", "ablation", "competitors", "little-data", "binding"])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_report_is_the_one_its_records_give(name, tmp_path):
     write_report([REPORTS / name], tmp_path / "again.html")
     assert text(tmp_path / "again.html") == text(REPORTS / f"{name}.html")
@@ -88,7 +92,7 @@ def test_the_readme_leads_nowhere_that_is_not_there():
     assert [target for target in local if not (ROOT / target).exists()] == []
 
 
-@pytest.mark.parametrize("name", ["ablation", "competitors"])
+@pytest.mark.parametrize("name", ["ablation", "competitors", "fair"])
 def test_what_is_concluded_has_enough_seeds(name):
     listing = json.loads((REPORTS / name / "sweeps" / f"{name}.json").read_text())
     seeds: dict[str, set[int]] = {}
@@ -98,7 +102,7 @@ def test_what_is_concluded_has_enough_seeds(name):
     assert not listing["smoke"]
 
 
-@pytest.mark.parametrize("name", ["study", "ablation", "competitors", "little-data", "binding"])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_runs_are_of_the_recipe_in_the_sweep_file(name, monkeypatch):
     """The sweep file as it stands, with the notebook's defaults, names the arms as published."""
     monkeypatch.setattr("cmdlab.sweeps.files._corpus_hash", lambda *_: None)  # it lies nowhere yet
