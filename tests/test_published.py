@@ -10,6 +10,7 @@ from bs4 import BeautifulSoup
 
 from cmdlab.encoders import Encoder, weights_of
 from cmdlab.encoders.tiny import WEIGHTS
+from cmdlab.records import load_records
 from cmdlab.reporting import write_kernel_report, write_report
 from cmdlab.sweeps.files import read_sweep
 from cmdlab.sweeps.notebooks import read_notebook
@@ -110,7 +111,7 @@ def test_the_published_runs_are_of_the_recipe_in_the_sweep_file(name, monkeypatc
     expected = {(cell.arm, cell.seed): cell.parameters for cell in cells}
     defaults = read_notebook(ROOT / "notebooks" / "train.ipynb").fill({}, where=name)
     del defaults["run_folder"]
-    records = [json.loads(path.read_text()) for path in (REPORTS / name).glob("*/record.json")]
+    records = [run.record for run in load_records([REPORTS / name]).done]  # arms as listed
     assert expected == {  # a parameter that came later had what is its default now
         (one["arm"], one["seed"]): defaults | one["parameters"] for one in records
     }
