@@ -10,8 +10,10 @@ from bs4 import BeautifulSoup
 
 from cmdlab.encoders import Encoder, weights_of
 from cmdlab.encoders.tiny import WEIGHTS
+from cmdlab.evaluation import compare
 from cmdlab.records import load_records
 from cmdlab.reporting import write_kernel_report, write_report
+from cmdlab.reporting.study import read_study
 from cmdlab.sweeps.files import read_sweep
 from cmdlab.sweeps.notebooks import read_notebook
 
@@ -73,6 +75,38 @@ def test_the_readme_tells_what_can_be_learnt_of_what_belongs_to_what():
     assert f"first in {told['bindings'][1]} of 5,000 captions" in README
     assert f"it is {' and '.join(told['bag'])}" in README
     assert f"at random {' and '.join(told['random-batches'])}" in README
+
+
+def test_the_readme_tells_what_the_fair_test_found():
+    study = read_study([REPORTS / "fair"])
+    means = {arm: study.interval(arm).mean for arm in study.finished_arms}
+    assert f"{means['cmd']:.1f} % against {means['contrastive-longer']:.1f} %" in README
+
+    def told(arm: str, other: str) -> str:
+        pairs = study.paired(arm, other)
+        found = compare([a.ranks for a, _ in pairs], [b.ranks for _, b in pairs], "mean_R@1")
+        return f"{found.difference:.1f} points (95 % interval {found.low:.1f} to {found.high:.1f}"
+
+    assert f"+{told('cmd', 'contrastive-longer')}" in README
+    assert told("no-corruption", "contrastive-longer") in README
+    assert told("cmd", "no-corruption").replace("-", "−") in README
+    assert told("other-context", "contrastive-longer") in README
+    page = text(REPORTS / "fair.html")
+    assert "0.004" in page
+    validation = {
+        name: {
+            run.record["arm"]: run.record["metrics"]["validation"]["mean_R@1"]
+            for run in load_records([REPORTS / name]).done
+        }
+        for name in ("fair-search", "fair-search-little")
+    }
+    found = validation["fair-search"]
+    at_high = found["swap-patches-128-1e-2"] - found["contrastive-128-1e-2-longer"]
+    at_low = found["swap-patches"] - found["contrastive"]
+    assert f"{at_high:.1f} points at a learning rate of 0.01" in README
+    assert f"{at_low:.1f} at 0.003" in README
+    rates = [found[arm] for arm in ("contrastive-128-1e-2", "contrastive-128")]
+    assert f"from {rates[0]:.1f} to {rates[1]:.1f}" in README
 
 
 def test_the_readme_gives_the_times_of_its_records():

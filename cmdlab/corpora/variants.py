@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from cmdlab.corpora.audio import SAMPLE_RATE, caption_seed
 from cmdlab.corpora.content_hash import content_hash
-from cmdlab.corpora.corpus import SPLITS, Corpus, Split
+from cmdlab.corpora.corpus import SPLITS, Caption, Corpus, Image, Split
 from cmdlab.corpora.ground_truth import GroundTruth, read_ground_truth
 from cmdlab.corpora.loading import load_corpus
 from cmdlab.corpora.rendering import IMAGE_SIZE, RADIUS, RGB, SIGNED_DISTANCE
@@ -58,8 +58,8 @@ PAPER = (250, 250, 245)
 def make_variant(source: Path | str, folder: Path | str, kind: str) -> None:
     """Make the corpus `kind` ("scans" or "sketches") of SpokenScenes in `source`, in `folder`.
 
-    The same source gives the same bytes. It is made in `<folder>.making` and renamed; a folder that
-    holds this very corpus already is kept.
+    The same source gives the same bytes. It is made in `<folder>.making` and renamed; what is there
+    of an earlier try is made again. A folder that holds this very corpus already is kept.
     Raises InputError for a source without ground truth, and where the folder holds anything else.
     """
     if kind not in KINDS:
@@ -72,7 +72,12 @@ def make_variant(source: Path | str, folder: Path | str, kind: str) -> None:
         _check_made(folder, recipe)
         return
     making = folder.with_name(f"{folder.name}.making")
-    shutil.rmtree(making, ignore_errors=True)
+    marker, root = making / "recipe.json", making / "corpus"
+    if making.exists():
+        if not marker.is_file():
+            raise InputError(f"{making}: is in the way; move it or remove it")
+        shutil.rmtree(making)
+    write_file(marker, json.dumps(recipe))
     listed: list[dict[str, str]] = []
     released: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
     for corpus in corpora:
@@ -81,7 +86,7 @@ def make_variant(source: Path | str, folder: Path | str, kind: str) -> None:
             raise InputError(f"{source}: has no ground truth; give a corpus of `corpus make`")
         part = released["train" if corpus.split == "train" else "val"]
         for entry in tqdm(
-            write(corpus, truth, making),
+            write(corpus, truth, root),
             total=len(corpus.images),
             desc=f"{name}, {corpus.split}",
             unit=" images",
@@ -90,11 +95,12 @@ def make_variant(source: Path | str, folder: Path | str, kind: str) -> None:
             listed.append({"filepath": place, "filename": file, "split": corpus.split})
             part.append(entry)
     for part_name, entries in released.items():
-        write_file(making / f"SpokenCOCO_{part_name}.json", json.dumps({"data": entries}))
-    write_file(making / "dataset_coco.json", json.dumps({"images": listed}))
-    identity = recipe | {"content_hash": content_hash(making)}
-    write_file(making / "corpus.json", json.dumps(identity, indent=1) + "\n")
-    os.replace(making, folder)
+        write_file(root / f"SpokenCOCO_{part_name}.json", json.dumps({"data": entries}))
+    write_file(root / "dataset_coco.json", json.dumps({"images": listed}))
+    identity = recipe | {"content_hash": content_hash(root)}
+    write_file(root / "corpus.json", json.dumps(identity, indent=1) + "\n")
+    os.replace(root, folder)
+    shutil.rmtree(making)
 
 
 def _own_hash() -> str:
@@ -113,34 +119,34 @@ def _check_made(folder: Path, recipe: dict[str, str]) -> None:
 
 def _write_scans(corpus: Corpus, truth: GroundTruth, root: Path) -> Iterator[dict[str, Any]]:
     """An image's entry of the release files, one after another, when its files are written."""
-    for image, captions, scene, boxes in _by_image(corpus, truth):
-        _keep(corpus, image, root)
+    for number, (image, captions, scene, boxes) in enumerate(_by_image(corpus, truth)):
+        _keep(corpus, image.path, root)
         entries = []
-        for i, (caption, _) in enumerate(captions):
+        for i, caption in enumerate(captions):
             place = i % len(SENSORS)
-            wav = f"scans/{corpus.split}/{caption}.flac"
-            samples = scan(scene, boxes, place, caption_seed(caption))
+            # Numbers, since an id is a data set's text, and no name of a file.
+            wav = f"scans/{corpus.split}/{number:06d}-{i}.flac"
             content = io.BytesIO()
+            samples = scan(scene, boxes, place, caption_seed(caption.id))
             soundfile.write(content, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
             _write(root / wav, content.getvalue())
             said = {"text": f"a scan from the {PLACES[place]}", "speaker": PLACES[place]}
-            entries.append({"uttid": caption, "wav": wav, **said})
-        yield {"image": image, "captions": entries}
+            entries.append({"uttid": caption.id, "wav": wav, **said})
+        yield {"image": image.id, "captions": entries}
 
 
 def _write_sketches(corpus: Corpus, truth: GroundTruth, root: Path) -> Iterator[dict[str, Any]]:
     """As `_write_scans`."""
-    said = {caption.id: caption for caption in corpus.captions}
     for image, captions, scene, boxes in _by_image(corpus, truth):
         content = io.BytesIO()
         Picture.fromarray(sketch(scene, boxes)).save(content, "PNG")
-        _write(root / image, content.getvalue())
+        _write(root / image.path.relative_to(corpus.root), content.getvalue())
         entries = []
-        for caption, wav in captions:
-            _keep(corpus, wav, root)
-            told = {"text": said[caption].text, "speaker": said[caption].speaker}
-            entries.append({"uttid": caption, "wav": wav, **told})
-        yield {"image": image, "captions": entries}
+        for caption in captions:
+            wav = _keep(corpus, caption.audio, root)
+            said = {"text": caption.text, "speaker": caption.speaker}
+            entries.append({"uttid": caption.id, "wav": wav, **said})
+        yield {"image": image.id, "captions": entries}
 
 
 KINDS: dict[str, tuple[str, tuple[Split, ...], Callable[..., Iterator[dict[str, Any]]]]] = {
@@ -151,27 +157,30 @@ KINDS: dict[str, tuple[str, tuple[Split, ...], Callable[..., Iterator[dict[str, 
 
 def _by_image(
     corpus: Corpus, truth: GroundTruth
-) -> Iterator[tuple[str, list[tuple[str, str]], Scene, np.ndarray]]:
-    """Each image with the ids and files of its captions, its scene and boxes."""
-    captions: dict[str, list[tuple[str, str]]] = {image.id: [] for image in corpus.images}
+) -> Iterator[tuple[Image, list[Caption], Scene, np.ndarray]]:
+    """Each image with its captions, its scene and boxes."""
+    captions: dict[str, list[Caption]] = {image.id: [] for image in corpus.images}
     for caption in corpus.captions:
-        wav = caption.audio.relative_to(corpus.root).as_posix()
-        captions[caption.image_id].append((caption.id, wav))
+        captions[caption.image_id].append(caption)
     for image, scene, boxes in zip(corpus.images, truth.scenes, truth.boxes, strict=True):
-        yield image.id, captions[image.id], scene, boxes
+        yield image, captions[image.id], scene, boxes
 
 
-def _keep(corpus: Corpus, file: str, root: Path) -> None:
-    """The source's own file in the new corpus, without a copy of its bytes where that can be."""
-    target = root / file
+def _keep(corpus: Corpus, file: Path, root: Path) -> str:
+    """The source's own file in the new corpus, without a copy of its bytes where that can be.
+    Returns its place in either."""
+    place = file.relative_to(corpus.root)
+    target = root / place
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(corpus.root / file, target)
+        os.link(file, target)
     except OSError:  # another file system
-        shutil.copyfile(corpus.root / file, target)
+        shutil.copyfile(file, target)
+    return place.as_posix()
 
 
 def _write(path: Path, content: bytes) -> None:
+    """Not made durable one by one, as `write_file` does: the whole folder is renamed at last."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
 

@@ -26,6 +26,7 @@ from cmdlab.corpora import (
     read_speech,
 )
 from cmdlab.encoders.encoder import Description, Encoded, Hearing, Kind
+from cmdlab.encoders.scans import RANGE_SCANS
 from cmdlab.encoders.tiny import KNOWN_WORDS, WEIGHTS, TinyTextEncoder, TinyWordEncoder
 from cmdlab.encoders.weight_files import weights_sha256
 from cmdlab.errors import InputError, nearest
@@ -96,9 +97,9 @@ class Family:
     """What can be said of an encoder without its weights, and where it is written.
 
     `kind` is the side of a pair on which it stands, `reads` what it reads there; echoes are sound
-    that is never degraded. `takes` tells
-    whether it can take a piece of an item: a picture's (width, height) or a text's word;
-    `read_audio` gives one kind of sound. `opener` is a function of that module, called with the
+    that is never degraded. `takes` tells whether it can take a piece of an item: a picture's
+    (width, height), a text's word, or the number of samples of echoes; `read_audio` gives one kind
+    of sound. `opener` is a function of that module, called with the
     encoder's name and weights. `library` is one that its output depends on beside `LIBRARIES`.
     """
 
@@ -143,7 +144,7 @@ FAMILIES = {
         *("text", "words", KNOWN_WORDS, _is_known, "bindings", "open_bindings")
     ),
     "tiny-scan": Family(
-        *("speech", "echoes", f"range scans of {RAYS} rays", lambda samples: samples == RAY * RAYS),
+        *("speech", "echoes", RANGE_SCANS, lambda samples: samples == RAY * RAYS),
         *("scans", "open_scans"),
     ),
     **dict.fromkeys(("hubert-base", "hubert-large", "wavlm-base-plus", "wavlm-large"), _HUBERT),
@@ -314,10 +315,8 @@ def _sound(caption: Caption, hearing: Hearing) -> np.ndarray:
 def _echoes(encoder: Encoder, caption: Caption) -> Tensor:
     samples = read_audio(caption.audio)
     if not FAMILIES[encoder.name].takes(len(samples)):
-        raise InputError(
-            f"{caption.audio}: is no range scan of {RAYS} rays ({len(samples):,} samples, not "
-            f"{RAY * RAYS:,}); {encoder} takes those of `cmdlab corpus vary`"
-        )
+        given, able = f"{len(samples):,} samples", _takers(encoder.kind, len(samples))
+        raise InputError(f"{caption.audio}: {_refusal(encoder.name, given, able, '')}")
     return torch.from_numpy(samples)
 
 

@@ -6,11 +6,11 @@ from torch.nn.functional import layer_norm
 
 from cmdlab.corpora import RAY, RAYS
 from cmdlab.encoders.encoder import Description
-from cmdlab.encoders.tiny import WIDTH
+from cmdlab.encoders.tiny import LICENCE, WIDTH
 from cmdlab.errors import InputError
 
 BINS = 40  # of a ray's echo
-TAKES = f"range scans of {RAYS} rays"
+RANGE_SCANS = f"range scans of {RAYS} rays"  # what it takes
 
 
 class ScanEncoder(nn.Module):
@@ -19,7 +19,7 @@ class ScanEncoder(nn.Module):
     The direction is told by sinusoids of 1 to 8 turns around the circle. Nothing was trained.
     """
 
-    description = Description("tiny-scan", "speech", 1, WIDTH, 0, TAKES, "Apache-2.0")
+    description = Description("tiny-scan", "speech", 1, WIDTH, 0, RANGE_SCANS, LICENCE)
     projection: Tensor
     directions: Tensor
 

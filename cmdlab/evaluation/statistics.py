@@ -131,15 +131,7 @@ def compare(
     pairs = len(treatment)
     differences = results[:pairs] - results[pairs:]
     estimate = _estimate(differences, resampled[:, :pairs] - resampled[:, pairs:], images)
-    low, high = estimate.interval()
-    return Comparison(
-        difference=estimate.mean,
-        low=low,
-        high=high,
-        p_value=estimate.p_value(),
-        per_seed=differences.tolist(),
-        detectable=estimate.detectable(),
-    )
+    return estimate.comparison(differences)
 
 
 def compare_by_seed(treatment: Sequence[float], control: Sequence[float]) -> Comparison:
@@ -157,15 +149,7 @@ def compare_by_seed(treatment: Sequence[float], control: Sequence[float]) -> Com
     differences = np.subtract(treatment, control)
     error = float(differences.std(ddof=1)) / len(differences) ** 0.5
     estimate = _Estimate(float(differences.mean()), error, len(differences) - 1)
-    low, high = estimate.interval()
-    return Comparison(
-        difference=estimate.mean,
-        low=low,
-        high=high,
-        p_value=estimate.p_value(),
-        per_seed=differences.tolist(),
-        detectable=estimate.detectable(),
-    )
+    return estimate.comparison(differences)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -210,6 +194,11 @@ class _Estimate(NamedTuple):
 
         critical = special.stdtrit(self.freedom, 0.975)
         return float(special.nctdtrinc(self.freedom, 0.2, critical)) * self.error
+
+    def comparison(self, per_seed: np.ndarray) -> Comparison:
+        return Comparison(
+            self.mean, *self.interval(), self.p_value(), per_seed.tolist(), self.detectable()
+        )
 
 
 def _estimate(results: np.ndarray, resampled: np.ndarray, images: int) -> _Estimate:

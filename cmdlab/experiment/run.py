@@ -3,6 +3,7 @@
 The notebook `train.ipynb` and `cmdlab train` both walk through these steps.
 """
 
+import math
 import os
 import re
 import statistics
@@ -102,16 +103,18 @@ def open_data(
     place of the corpus' own.
     `skip_bad` leaves out entries that cannot be used, and tells which on standard error; it decodes
     every file to find them.
-    Raises InputError for a corpus that cannot be read.
+    Raises InputError for a corpus that cannot be read, and for an snr_db that is not finite.
     """
     folder = features or Path(f"{os.path.abspath(corpus)}.features")
     load = load_usable if skip_bad else load_corpus
-    corpora = [load(corpus, split) for split in SPLITS]
-    if test_corpus:
-        corpora[-1] = load(test_corpus, "test")
+    if snr_db is not None and not math.isfinite(snr_db):
+        raise InputError(f"snr_db: {snr_db} is not finite; leave it out for speech as it is")
+    roots = dict.fromkeys(SPLITS, corpus) | ({"test": test_corpus} if test_corpus else {})
+    corpora = [load(root, split) for split, root in roots.items()]
     if is_first_process():
-        for problem in dict.fromkeys(problem for split in corpora for problem in split.left_out):
-            print(f"left out: {corpus}: {problem}", file=sys.stderr)
+        told = [(roots[of.split], problem) for of in corpora for problem in of.left_out]
+        for root, problem in dict.fromkeys(told):
+            print(f"left out: {root}: {problem}", file=sys.stderr)
     test = corpora[-1]
     truth, foils = read_ground_truth(test), read_foils(test)
     if foils and skip_bad:

@@ -145,7 +145,7 @@ _DIRECTION = _RECALLS | {
 }
 _FOIL = {"wins": int, "ties": int, "pairs": int}
 _METRICS = {"speech_to_image": _DIRECTION, "image_to_speech": _DIRECTION, "mean_R@1": float}
-_SOME = {"R@1": float, "captions": int}
+_ASKED = {"R@1": float, "captions": int}
 _RESULT: dict[str, Any] = {
     "metrics": {"validation": _METRICS, "test": _METRICS},
     "ceiling": (_BOTH_RECALLS, None),
@@ -161,7 +161,7 @@ _RESULT: dict[str, Any] = {
             "gradient_cosine?": (float, None),
         }
     ],
-    "new_words?": ({"new": _SOME, "known": _SOME}, None),
+    "new_words?": ({"new": _ASKED, "known": _ASKED}, None),
     "restoration?": ({"own": float, "other": float}, None),
     "cost": {
         "trainable_parameters": int,

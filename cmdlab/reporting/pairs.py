@@ -32,6 +32,7 @@ def _table(study: Study, family: str) -> Table:
     found: dict[tuple[tuple[str, str], str], Comparison] = {
         (pair, name): result
         for pair, runs in asked.items()
+        if not incomparable(runs)
         for name, measure in MEASURES.items()
         if (result := measure(runs)) is not None
     }
@@ -43,11 +44,11 @@ def _table(study: Study, family: str) -> Table:
         for name in MEASURES:
             key = ((arm, other), name)
             cells += _cells(found[key], holms[key]) if key in found else [ABSENT] * 4
-        first = found.get(((arm, other), HEADLINE))
-        told = incomparable(runs) or None
-        per_seed = [signed(value) for value in first.per_seed] if first else None
-        links = record_links([run for run, _ in runs], per_seed)
-        cells.append(Markup("not compared: {}").format(told) if told else links)
+        if reason := incomparable(runs):
+            cells.append(f"not compared: {reason}")
+        else:
+            per_seed = map(signed, found[(arm, other), HEADLINE].per_seed)
+            cells.append(record_links([run for run, _ in runs], per_seed))
         rows.append(Row(cells))
     return Table(
         f"pairs-{re.sub('[^a-z0-9]+', '-', family.lower())}-table",
@@ -75,17 +76,14 @@ def _cells(found: Comparison, adjusted: float) -> list[str]:
     return [difference, p_value(found.p_value), p_value(adjusted), number(found.detectable)]
 
 
-def _by_recall(runs: Pairs) -> Comparison | None:
-    if incomparable(runs):
-        return None
+def _by_recall(runs: Pairs) -> Comparison:
     return compare([own.ranks for own, _ in runs], [other.ranks for _, other in runs], HEADLINE)
 
 
 def _by_foils(runs: Pairs) -> Comparison | None:
-    foils = [[_foil(run) for run in pair] for pair in runs]
-    if incomparable(runs) or len(runs) < 2 or any(None in pair for pair in foils):
+    if len(runs) < 2 or any(_foil(run) is None for pair in runs for run in pair):
         return None
-    own, other = ([pair[side] or 0.0 for pair in foils] for side in (0, 1))
+    own, other = ([_share_won(pair[side]) for pair in runs] for side in (0, 1))
     return compare_by_seed(own, other)
 
 
@@ -95,7 +93,12 @@ MEASURES: dict[str, Callable[[Pairs], Comparison | None]] = {
 }
 
 
-def _foil(run: Run) -> float | None:
+def _foil(run: Run) -> dict[str, int] | None:
+    return (run.record["alignment"] or {}).get("foil")
+
+
+def _share_won(run: Run) -> float:
     """Foils that lose against their caption, in percent; a tie counts against the system."""
-    foil = (run.record["alignment"] or {}).get("foil")
-    return 100 * foil["wins"] / foil["pairs"] if foil else None
+    foil = _foil(run)
+    assert foil is not None
+    return 100 * foil["wins"] / foil["pairs"]

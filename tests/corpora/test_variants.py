@@ -1,6 +1,7 @@
 """The same scenes told by a range finder, and drawn by another hand."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -92,6 +93,31 @@ def test_a_variant_is_a_corpus_with_the_pairs_of_its_source(smoke_corpus, tmp_pa
         assert not any(same_picture)
         assert len(same_sound) == len(test.captions)
         assert all(same_sound)
+
+
+def test_an_id_that_looks_like_a_path_leads_nowhere(smoke_corpus, tmp_path):
+    source = shutil.copytree(smoke_corpus, tmp_path / "deep" / "er" / "source")
+    [first, *_] = load_corpus(source, "test").captions
+    for file in [*source.glob("*.json"), *source.glob("ground_truth/test*.jsonl")]:
+        named = file.read_text().replace(f'"{first.id}"', '"../../../../escaped"')
+        file.write_text(named)
+    assert load_corpus(source, "test").captions[0].id == "../../../../escaped"
+    make_variant(source, tmp_path / "deep" / "er" / "scans", "scans")
+    assert {path.name for path in tmp_path.iterdir()} == {"deep"}
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"er"}
+    assert load_corpus(tmp_path / "deep" / "er" / "scans", "test").captions[0].audio.is_file()
+
+
+def test_what_is_in_the_way_stays_and_an_earlier_try_is_made_again(smoke_corpus, tmp_path):
+    making = tmp_path / "sketches.making"
+    making.mkdir()
+    (making / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"sketches\.making: is in the way"):
+        make_variant(smoke_corpus, tmp_path / "sketches", "sketches")
+    assert (making / "mine.txt").read_text() == "mine"
+    (making / "mine.txt").rename(making / "recipe.json")  # as a try that was killed leaves it
+    make_variant(smoke_corpus, tmp_path / "sketches", "sketches")
+    assert [path.name for path in tmp_path.iterdir()] == ["sketches"]
 
 
 def test_a_variant_is_kept_and_nothing_else_is_overwritten(smoke_corpus, tmp_path):

@@ -269,6 +269,8 @@ def test_speech_can_be_heard_in_more_noise(smoke_corpus, tmp_path):
     )
     assert torch.equal(clean.lengths, noisy.lengths)
     assert not torch.equal(clean.tokens([0])[0], noisy.tokens([0])[0])
+    with pytest.raises(InputError, match="snr_db: nan is not finite"):
+        open_data(smoke_corpus, snr_db=float("nan"))
 
 
 def test_words_kept_out_of_training_are_told_of_apart(smoke_corpus, smoke_data, tmp_path):

@@ -277,6 +277,24 @@ def test_arms_are_compared_in_the_pairs_that_the_sweep_asks_for(make_study, tmp_
     assert [line.th.get_text() for line in alone] == ["cmd-both minus cmd-image"]
 
 
+def test_a_pair_that_cannot_be_compared_says_why(make_study, tmp_path):
+    """One seed alone gives no foil test; two arms that share no seed give nothing."""
+    arms = {"contrastive": {"weight": 0.0}, "cmd-image": {}, "cmd-both": {"direction": "both"}}
+    runs = make_study(
+        *(tmp_path / "runs",),
+        **{"arms": arms, "seeds": (1, 2), "examples": False},
+        missing=(("cmd-image", 2), ("cmd-both", 1)),
+        listing={"pairs": {"Asked": [["cmd-image", "contrastive"], ["cmd-image", "cmd-both"]]}},
+    )
+    write_report([runs], tmp_path / "report.html")
+    page = read(tmp_path / "report.html")
+    first = [c.get_text() for c in row(page, "pairs-asked-table", "cmd-image minus contrastive")]
+    assert first[0] != "–"
+    assert first[4:8] == ["–"] * 4
+    second = [c.get_text() for c in row(page, "pairs-asked-table", "cmd-image minus cmd-both")]
+    assert second == [*["–"] * 8, "not compared: no seed in common with the other arm"]
+
+
 def test_a_ceiling_is_shown_last_and_compared_with_none(make_study, tmp_path):
     arms = {"contrastive": {"weight": 0.0}, "perfect-hearing": {"rate": 0.5}, "cmd-image": {}}
     runs = make_study(
