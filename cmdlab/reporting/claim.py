@@ -7,7 +7,8 @@ from markupsafe import Markup, escape
 
 from cmdlab.reporting.numbers import number, p_value, signed
 from cmdlab.reporting.page import paragraph
-from cmdlab.reporting.study import ArmComparison, Run, Study
+from cmdlab.reporting.pairs import PairComparison, compare_pairs
+from cmdlab.reporting.study import HEADLINE, ArmComparison, Run, Study
 
 SEEDS_TO_PUBLISH = 5
 CONVERGED = 0.5  # points of validation over the last third of the steps, at most
@@ -22,11 +23,13 @@ def claim(study: Study, comparisons: Sequence[ArmComparison]) -> Markup:
     parts = {
         "Asked:": _asked(study),
         "Found:": _found(study, comparisons),
+        **{f"{family}:": _asked_for(study, family) for family in study.pairs},
         "Did not work:": _failed(study, comparisons),
     }
     spans = Markup(" ").join(
         Markup("<span><b>{}</b> {}</span>").format(name, Markup(" ").join(sentences))
         for name, sentences in parts.items()
+        if sentences
     )
     return Markup('<p class="claim">{}</p>').format(spans)
 
@@ -121,8 +124,17 @@ def _found(study: Study, comparisons: Sequence[ArmComparison]) -> list[Markup]:
     best = next((one for one in compared if one.arm == study.best_on_validation), None)
     if best is not None and best.result is not None:
         result = best.result
+        families = [one for family in study.pairs for one in compare_pairs(study, family)]
+        adjusted = next(
+            (
+                one.adjusted_p
+                for one in families
+                if (one.arm, one.other, one.measure) == (best.arm, study.baseline, HEADLINE)
+            ),
+            best.adjusted_p,  # where the sweep asks for no pair of the two
+        )
         judged = "It is separated from zero."
-        if not best.separated:
+        if adjusted >= 0.05:
             judged = (
                 "It is not separated from zero; tested alone, a true difference of "
                 f"{number(result.detectable)} points would be found in about 80 % of the cases."
@@ -139,7 +151,7 @@ def _found(study: Study, comparisons: Sequence[ArmComparison]) -> list[Markup]:
                 signed(result.difference),
                 signed(result.low),
                 signed(result.high),
-                _p(best.adjusted_p),
+                _p(adjusted),
                 "" if best.planned else ", exploratory",
                 judged,
             )
@@ -162,6 +174,47 @@ def _found(study: Study, comparisons: Sequence[ArmComparison]) -> list[Markup]:
                 )
             )
     return sentences
+
+
+def _asked_for(study: Study, family: str) -> list[Markup]:
+    """What the tests of a family of pairs show, and whether a gain is denoising's."""
+    found = compare_pairs(study, family)
+    sentences = [
+        Markup("{} minus {}: {} points of mean R@1 ({} to {}; Holm-adjusted p {}), {}.").format(
+            _arm(one.arm),
+            _arm(one.other),
+            signed(one.result.difference),
+            signed(one.result.low),
+            signed(one.result.high),
+            _p(one.adjusted_p),
+            "separated from zero" if one.separated else "not separated from zero",
+        )
+        for one in found
+        if one.measure == HEADLINE
+    ]
+    foils = [one for one in found if one.measure != HEADLINE]
+    if foils:
+        apart = [one.arm for one in foils if one.separated]
+        sentences.append(
+            Markup("By the foil test {} of {} pairs {} separated.").format(
+                len(apart) or "none", len(foils), "is" if len(apart) < 2 else "are"
+            )
+        )
+    return sentences + [
+        Markup(
+            "So the gain of {} is not shown to be denoising's: {} trains the same loss without "
+            "corruption."
+        ).format(_arm(one.arm), _arm(one.other))
+        for one in found
+        if _is_uncorrupted(study, one) and not (one.separated and one.result.difference > 0)
+    ]
+
+
+def _is_uncorrupted(study: Study, one: PairComparison) -> bool:
+    """Whether the second arm is the first one but for the corruption, by mean R@1."""
+    own, other = study.parameters[one.arm], study.parameters[one.other]
+    changed = {name for name in own.keys() | other.keys() if own.get(name) != other.get(name)}
+    return one.measure == HEADLINE and changed == {"corruption"} and other["corruption"] == "none"
 
 
 def _failed(study: Study, comparisons: Sequence[ArmComparison]) -> list[Markup]:

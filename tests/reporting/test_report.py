@@ -277,6 +277,28 @@ def test_arms_are_compared_in_the_pairs_that_the_sweep_asks_for(make_study, tmp_
     assert [line.th.get_text() for line in alone] == ["cmd-both minus cmd-image"]
 
 
+@pytest.mark.parametrize(("effect", "is_denoising"), [(0.4, False), (2.0, True)])
+def test_a_gain_that_needs_no_corruption_is_not_called_denoising(
+    make_study, tmp_path, effect, is_denoising
+):
+    arms = {"contrastive": {"weight": 0.0}, "cmd": {}, "no-corruption": {"corruption": "none"}}
+    runs = make_study(
+        *(tmp_path / "runs",),
+        **{"arms": arms, "effects": {"cmd": effect, "no-corruption": 0.4}, "examples": False},
+        listing={"pairs": {"As planned": [["cmd", "contrastive"], ["cmd", "no-corruption"]]}},
+    )
+    write_report([runs], tmp_path / "report.html")
+    page = read(tmp_path / "report.html")
+    told = text_of(page, "claim")
+    assert ("the gain of cmd is not shown to be denoising's" in told) != is_denoising
+    cells = row(page, "pairs-as-planned-table", "cmd minus contrastive")
+    stated = cells[2].get_text() if cells[2].get_text()[0] == "<" else f"= {cells[2].get_text()}"
+    for part in told.split("As planned:"):  # one p for one comparison, wherever it is told
+        assert f"Holm-adjusted p {stated}" in part
+    control = row(page, "pairs-as-planned-table", "cmd minus no-corruption")
+    assert f"cmd minus no-corruption : {control[0].contents[0]} points of mean R@1" in told
+
+
 def test_a_pair_that_cannot_be_compared_says_why(make_study, tmp_path):
     """One seed alone gives no foil test; two arms that share no seed give nothing."""
     arms = {"contrastive": {"weight": 0.0}, "cmd-image": {}, "cmd-both": {"direction": "both"}}
