@@ -85,7 +85,17 @@ def test_the_parameters_of_training_are_told_alike_in_the_notebook_and_by_the_co
         re.fullmatch(r"(\w+): .+?(?:  # (.*))?\n?", line).groups() for line in cell["source"]
     )
     known = {one.name: one for one in parameters_of([Training, Denoising])}
-    own = {"corpus", "features", "run_folder", "device", "skip_bad", "smoke", "online"}
+    own = {
+        "corpus",
+        "test_corpus",
+        "snr_db",
+        "features",
+        "run_folder",
+        "device",
+        "skip_bad",
+        "smoke",
+        "online",
+    }
     own |= {"speech_encoder", "speech_weights", "speech_layers", "image_encoder", "image_weights"}
     assert declared.keys() - own == known.keys()
     for name in known:
@@ -110,6 +120,8 @@ def test_each_parameter_of_training_reaches_it():
             other = next(choice for choice in one.choices if choice != one.default)
         elif isinstance(one.default, bool):
             other = not one.default
+        elif isinstance(one.default, str):
+            other = "red star"
         else:
             other = one.default + (0.005 if isinstance(one.default, float) else 1)
         training = made(**{one.name: other})
@@ -119,7 +131,10 @@ def test_each_parameter_of_training_reaches_it():
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)
-def test_a_stored_sweep_fits_its_notebook(file, smoke_corpus):
+def test_a_stored_sweep_fits_its_notebook(file, smoke_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("study").mkdir()
+    Path("study", "sketches").symlink_to(smoke_corpus)  # a corpus to test on, for the regimes
     listing, cells = read_sweep(file, overrides={"corpus": str(smoke_corpus)})
     arms, seeds = {cell.arm for cell in cells}, {cell.seed for cell in cells}
     assert listing["baseline"] in arms

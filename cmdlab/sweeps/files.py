@@ -247,7 +247,8 @@ def _corpus_hash(file: Path, corpus: Any, skip_bad: bool) -> str | None:
 
     if not Path(corpus).is_dir():
         raise InputError(
-            f"{file}: corpus {corpus!r} is no folder; make it with `cmdlab corpus make {corpus}`"
+            f"{file}: corpus {corpus!r} is no folder; make it with `cmdlab corpus make {corpus}`, "
+            "or `cmdlab corpus vary` where it is a variant of one"
         )
     if skip_bad:  # what is left depends on every file
         left = [load_usable(Path(corpus), split).content_hash for split in SPLITS]
