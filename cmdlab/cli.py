@@ -433,11 +433,12 @@ def _parser() -> ArgumentParser:
         example: cmdlab corpus make data/default --preset default
         output:  DIR; `smoke` takes seconds, `default` has 1,000 test images, `large` is the size of
                  SpokenCOCO; in `twins` every image has another that shows the same things in the
-                 same places, and differs in what belongs to what
+                 same places, and differs in what belongs to what; `study` is a small one of twins
         """,
     )
     make.add_argument("folder", type=Path, metavar="DIR")
-    make.add_argument("--preset", choices=["smoke", "default", "twins", "large"], required=True)
+    presets = ["smoke", "study", "default", "twins", "large"]
+    make.add_argument("--preset", choices=presets, required=True)
     make.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     make.add_argument(
         "--workers", type=_positive, default=os.cpu_count(), help="default: all cores"
@@ -453,7 +454,7 @@ def _parser() -> ArgumentParser:
         holds the test pictures alone, drawn by another hand, with their speech: test a model on
         them with --test-corpus. The same source gives the same bytes.
 
-        example: cmdlab corpus vary study/corpus study/scans --as scans
+        example: cmdlab corpus vary study/scenes study/scans --as scans
         output:  DIR
         """,
     )

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from cmdlab.corpora import rendering, scenes, speaking
 from cmdlab.corpora.audio import SAMPLE_RATE
+from cmdlab.corpora.presets import PRESETS, Preset
 from cmdlab.corpora.speaking import STUDY_VOICES, TEST_ONLY_VOICES, Utterance
 from cmdlab.corpora.workers import worker_pool
 from cmdlab.errors import InputError, check_seed
@@ -35,26 +36,6 @@ CAPTIONS_PER_IMAGE = 5
 RATES = (160, 220)  # words a minute
 PITCHES = (35, 65)  # of espeak-ng's 0 to 99
 
-
-@dataclass(frozen=True)
-class Preset:
-    """How many images each split has, and how many of them are made at a time.
-
-    twins: images 2 i and 2 i + 1 show the same things in the same places, and differ in what
-    belongs to what; only who tells that finds the right one of the two.
-    """
-
-    sizes: dict[str, int]
-    shard: int
-    twins: bool = False
-
-
-PRESETS = {
-    "smoke": Preset({"train": 40, "val": 20, "test": 20}, shard=10),
-    "default": Preset({"train": 3_000, "val": 500, "test": 1_000}, shard=100),
-    "twins": Preset({"train": 8_000, "val": 1_000, "test": 1_000}, shard=100, twins=True),
-    "large": Preset({"train": 113_287, "val": 5_000, "test": 5_000}, shard=500),
-}
 
 # "pretraining" is no part of any corpus: it is for the encoders' own scenes.
 _SPLIT_KEYS = {"train": 0, "val": 1, "test": 2, "pretraining": 3}
@@ -101,14 +82,18 @@ def scene_rng(seed: int, split: str, index: int, *, twins: bool = False) -> np.r
 
 
 def _recipe(preset: str, seed: int) -> dict[str, Any]:
-    """What decides the corpus' bytes, as corpus.json states it."""
+    """What decides the corpus' bytes, as corpus.json states it.
+
+    PRESETS stand in a file of their own, which is not hashed: a corpus stays good when presets of
+    other names are added.
+    """
     sources = (scenes.__file__, rendering.__file__, speaking.__file__, __file__)
     source = b"".join(Path(str(file)).read_bytes() for file in sources)
     return {
         "name": "SpokenScenes",
         "preset": preset,
         "seed": seed,
-        "sizes": PRESETS[preset].sizes,
+        **asdict(PRESETS[preset]),
         "captions_per_image": CAPTIONS_PER_IMAGE,
         "voices": {"study": list(STUDY_VOICES), "test_only": list(TEST_ONLY_VOICES)},
         "espeak_version": speaking.espeak_version(),
@@ -231,14 +216,14 @@ def _make_shard(making: Path, shard: _Shard, seed: int) -> None:
         picture, boxes = rendering.render(scene, rng)
         utterances = [_sample_utterance(text.text, shard.split, rng) for text in texts]
         file = f"{shard.split}-{index:06d}.png"
-        write(f"{pictures}/{file}", _png(picture))
+        write(f"{pictures}/{file}", png(picture))
         captions, truths = [], []
         for i, (text, utterance, speech) in enumerate(
             zip(texts, utterances, speaking.speak(utterances), strict=True)
         ):
             uttid = f"{shard.split}-{index:06d}-{i}"
             wav = f"{sounds}/{uttid}.flac"
-            write(wav, _flac(speech.samples))
+            write(wav, flac(speech.samples))
             caption = {"text": text.text, "speaker": utterance.voice, "uttid": uttid, "wav": wav}
             captions.append(caption)
             words = [
@@ -258,7 +243,7 @@ def _make_shard(making: Path, shard: _Shard, seed: int) -> None:
             swapped = replace(utterances[i], text=false)
             uttid = captions[i]["uttid"]
             wav = f"{sounds}/{uttid}-foil.flac"
-            write(wav, _flac(speaking.speak([swapped])[0].samples))
+            write(wav, flac(speaking.speak([swapped])[0].samples))
             entry = {"uttid": f"{uttid}-foil", "foil_of": uttid, "text": swapped.text}
             entry |= {"speaker": swapped.voice, "wav": wav}
             lines[_FOILS].append(json.dumps(entry) + "\n")
@@ -288,13 +273,15 @@ def _sample_utterance(text: str, split: str, rng: np.random.Generator) -> Uttera
     return Utterance(text, voice, rate, pitch)
 
 
-def _png(picture: np.ndarray) -> bytes:
+def png(picture: np.ndarray) -> bytes:
+    """The file of a picture, uint8 [height, width, 3]."""
     content = io.BytesIO()
     Image.fromarray(picture).save(content, "PNG", compress_level=1)  # noise: more gains nothing
     return content.getvalue()
 
 
-def _flac(samples: np.ndarray) -> bytes:
+def flac(samples: np.ndarray) -> bytes:
+    """The file of mono sound at 16 kHz: float [samples] within [-1, 1], or int16."""
     content = io.BytesIO()
     soundfile.write(
         content,

@@ -10,7 +10,6 @@ upright, without light, noise or clutter. Only the test split is there, for `tes
 """
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -19,17 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
-from PIL import Image as Picture
 from tqdm import tqdm
 
-from cmdlab.corpora.audio import SAMPLE_RATE, caption_seed
+from cmdlab.corpora.audio import caption_seed
 from cmdlab.corpora.content_hash import content_hash
 from cmdlab.corpora.corpus import SPLITS, Caption, Corpus, Image, Split
 from cmdlab.corpora.ground_truth import GroundTruth, read_ground_truth
 from cmdlab.corpora.loading import load_corpus
 from cmdlab.corpora.rendering import IMAGE_SIZE, RADIUS, RGB, SIGNED_DISTANCE
 from cmdlab.corpora.scenes import Scene, SceneObject
+from cmdlab.corpora.spoken_scenes import flac, png
 from cmdlab.errors import InputError
 from cmdlab.outputs import write_file
 
@@ -126,10 +124,8 @@ def _write_scans(corpus: Corpus, truth: GroundTruth, root: Path) -> Iterator[dic
             place = i % len(SENSORS)
             # Numbers, since an id is a data set's text, and no name of a file.
             wav = f"scans/{corpus.split}/{number:06d}-{i}.flac"
-            content = io.BytesIO()
             samples = scan(scene, boxes, place, caption_seed(caption.id))
-            soundfile.write(content, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-            _write(root / wav, content.getvalue())
+            _write(root / wav, flac(samples))
             said = {"text": f"a scan from the {PLACES[place]}", "speaker": PLACES[place]}
             entries.append({"uttid": caption.id, "wav": wav, **said})
         yield {"image": image.id, "captions": entries}
@@ -138,9 +134,7 @@ def _write_scans(corpus: Corpus, truth: GroundTruth, root: Path) -> Iterator[dic
 def _write_sketches(corpus: Corpus, truth: GroundTruth, root: Path) -> Iterator[dict[str, Any]]:
     """As `_write_scans`."""
     for image, captions, scene, boxes in _by_image(corpus, truth):
-        content = io.BytesIO()
-        Picture.fromarray(sketch(scene, boxes)).save(content, "PNG")
-        _write(root / image.path.relative_to(corpus.root), content.getvalue())
+        _write(root / image.path.relative_to(corpus.root), png(sketch(scene, boxes)))
         entries = []
         for caption in captions:
             wav = _keep(corpus, caption.audio, root)

@@ -17,9 +17,10 @@ import pytest
 from cmdlab.corpora import SPLITS, content_hash, load_corpus, read_foils
 from cmdlab.corpora.audio import read_audio
 from cmdlab.corpora.images import read_image
+from cmdlab.corpora.presets import PRESETS, Preset
 from cmdlab.corpora.scenes import Scene, SceneObject, caption_is_true, mend_articles
 from cmdlab.corpora.speaking import STUDY_VOICES, TEST_ONLY_VOICES
-from cmdlab.corpora.spoken_scenes import PRESETS, Preset, make_corpus, scene_rng
+from cmdlab.corpora.spoken_scenes import make_corpus, scene_rng
 from cmdlab.errors import InputError
 
 SIZES = {"train": 40, "val": 20, "test": 20}
@@ -154,7 +155,8 @@ def making_command(folder: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict) -
     """What makes a corpus of these sizes in a process of its own; "tiny" means them here too."""
     monkeypatch.setitem(PRESETS, "tiny", Preset(sizes, shard=1))
     program = (
-        "from cmdlab.corpora.spoken_scenes import PRESETS, Preset, make_corpus\n"
+        "from cmdlab.corpora.presets import PRESETS, Preset\n"
+        "from cmdlab.corpora.spoken_scenes import make_corpus\n"
         f"PRESETS['tiny'] = Preset({sizes}, shard=1)\n"
         f"make_corpus({str(folder)!r}, preset='tiny', workers=2)\n"
     )
@@ -268,7 +270,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
         (broken / "corpus.json").write_text(content)
         with pytest.raises(InputError, match="remove"):
             make_corpus(broken, preset="smoke")
-    with pytest.raises(InputError, match="use one of smoke, default, twins, large"):
+    with pytest.raises(InputError, match="use one of smoke, study, default, twins, large"):
         make_corpus(tmp_path / "new", preset="huge")
     with pytest.raises(InputError, match="seed"):
         make_corpus(tmp_path / "new", preset="smoke", seed=-1)
