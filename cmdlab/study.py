@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cmdlab.corpora import make_corpus
+from cmdlab.encoders import Encoder
 from cmdlab.errors import InputError
 from cmdlab.experiment import open_data
 from cmdlab.records import collect_provenance, write_json
 from cmdlab.sweeps import NotebookError, run_notebook, run_sweep
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+SEED = 3  # the setting was chosen on corpora of seeds 1 and 2, whose test splits are known
+IMAGE_ENCODER = Encoder("tiny-bindings")  # as study.yaml has it
 
 
 def run_study(folder: Path, *, smoke: bool = False) -> Path:
@@ -27,14 +30,14 @@ def run_study(folder: Path, *, smoke: bool = False) -> Path:
     if not sweep.is_file():
         raise InputError(f"{sweep}: no such file; the notebooks come with a clone, run it there")
     suffix = "-smoke" if smoke else ""
-    corpus, runs = folder / f"corpus{suffix}", folder / f"runs{suffix}"
+    corpus, runs = folder / f"scenes{suffix}", folder / f"runs{suffix}"
     report = folder / f"report{suffix}.html"
     is_new = not any(path.exists() for path in (corpus, corpus.with_name(f"{corpus.name}.making")))
     seconds: dict[str, float] = {}
     with _stage(seconds, "corpus", "1/4 the corpus: scenes drawn, captions spoken"):
-        make_corpus(corpus, preset="smoke" if smoke else "default")
+        make_corpus(corpus, preset="smoke" if smoke else "study", seed=1 if smoke else SEED)
     with _stage(seconds, "features", "2/4 features of the frozen encoders"):
-        open_data(corpus)
+        open_data(corpus, image_encoder=IMAGE_ENCODER)
     with _stage(seconds, "training", "3/4 training runs"):
         summary = run_sweep(sweep, runs=runs, smoke=smoke, overrides={"corpus": str(corpus)})
     print(

@@ -40,7 +40,7 @@ def test_a_failure_is_one_line_and_no_success(
     monkeypatch.setattr(study, "NOTEBOOKS", notebooks)
     folder = tmp_path / "study"
     folder.mkdir()
-    (folder / "corpus-smoke").symlink_to(smoke_corpus)  # made before, with its features
+    (folder / "scenes-smoke").symlink_to(smoke_corpus)  # made before, with its features
     assert main(["study", "--smoke", "--folder", str(folder)]) == 2
     printed = capsys.readouterr()
     assert line in printed.err.splitlines()[-1]
@@ -52,8 +52,8 @@ def test_a_study_made_without_a_break_leaves_its_times(tmp_path, monkeypatch, ca
     def sweep(file, *, runs, smoke, overrides):
         return SweepSummary("study", runs / "sweeps" / "study.json", done, resumed, 0)
 
-    monkeypatch.setattr(study, "make_corpus", lambda folder, preset: folder.mkdir(parents=True))
-    monkeypatch.setattr(study, "open_data", lambda corpus: None)
+    monkeypatch.setattr(study, "make_corpus", lambda folder, **_: folder.mkdir(parents=True))
+    monkeypatch.setattr(study, "open_data", lambda corpus, **_: None)
     monkeypatch.setattr(study, "run_sweep", sweep)
     monkeypatch.setattr(study, "run_notebook", lambda *_: None)
     done, resumed = 6, 0
