@@ -11,6 +11,7 @@ from cmdlab.reporting.pairs import PairComparison, compare_pairs
 from cmdlab.reporting.study import HEADLINE, ArmComparison, Run, Study
 
 SEEDS_TO_PUBLISH = 5
+FEW_PAIRS = 4  # each has its sentence; of more those alone that are separated from zero
 CONVERGED = 0.5  # points of validation over the last third of the steps, at most
 DENOISING_ASKED = (
     "Does Cross-Modal Denoising, trained beside the contrastive loss, retrieve better than the "
@@ -157,29 +158,27 @@ def _found(study: Study, comparisons: Sequence[ArmComparison]) -> list[Markup]:
             )
         )
     for planned, name in ((True, "planned"), (False, "exploratory")):
-        family = [one for one in compared if one.planned == planned]
-        above = sum(one.separated and _difference(one) > 0 for one in family)
-        below = sum(one.separated and _difference(one) < 0 for one in family)
+        family = [
+            (one.result.difference, one.separated)
+            for one in compared
+            if one.planned == planned and one.result is not None
+        ]
         if len(family) > 1:
-            sentences.append(
-                Markup(
-                    "Of {} {} comparisons {} came out above zero, {} below, and {} not separated "
-                    "from it."
-                ).format(
-                    len(family),
-                    name,
-                    above or "none",
-                    below or "none",
-                    len(family) - above - below or "none",
-                )
-            )
+            sentences.append(_tally(f"{name} comparisons", family))
     return sentences
 
 
 def _asked_for(study: Study, family: str) -> list[Markup]:
     """What the tests of a family of pairs show, and whether a gain is denoising's."""
     found = compare_pairs(study, family)
-    sentences = [
+    by_recall = [one for one in found if one.measure == HEADLINE]
+    told = by_recall
+    sentences = []
+    if len(by_recall) > FEW_PAIRS:
+        told = [one for one in by_recall if one.separated]
+        counted = [(one.result.difference, one.separated) for one in by_recall]
+        sentences.append(_tally("pairs", counted))
+    sentences += [
         Markup("{} minus {}: {} points of mean R@1 ({} to {}; Holm-adjusted p {}), {}.").format(
             _arm(one.arm),
             _arm(one.other),
@@ -189,8 +188,7 @@ def _asked_for(study: Study, family: str) -> list[Markup]:
             _p(one.adjusted_p),
             "separated from zero" if one.separated else "not separated from zero",
         )
-        for one in found
-        if one.measure == HEADLINE
+        for one in told
     ]
     foils = [one for one in found if one.measure != HEADLINE]
     if foils:
@@ -202,12 +200,22 @@ def _asked_for(study: Study, family: str) -> list[Markup]:
         )
     return sentences + [
         Markup(
-            "So the gain of {} is not shown to be denoising's: {} trains the same loss without "
+            "So no gain of {} is shown to be denoising's: {} trains the same loss without "
             "corruption."
         ).format(_arm(one.arm), _arm(one.other))
         for one in found
         if _is_uncorrupted(study, one) and not (one.separated and one.result.difference > 0)
     ]
+
+
+def _tally(what: str, differences: Sequence[tuple[float, bool]]) -> Markup:
+    """How many came out above zero, below, and neither: (difference, whether it is separated)."""
+    above = sum(separated and difference > 0 for difference, separated in differences)
+    below = sum(separated and difference < 0 for difference, separated in differences)
+    total = len(differences)
+    return Markup(
+        "Of {} {} {} came out above zero, {} below, and {} not separated from it."
+    ).format(total, what, above or "none", below or "none", total - above - below or "none")
 
 
 def _is_uncorrupted(study: Study, one: PairComparison) -> bool:

@@ -1,12 +1,12 @@
 """The report's figures: paired differences, axes, learning curves, and word × patch maps."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
-from cmdlab.evaluation import Interval
+from cmdlab.evaluation import Comparison, Interval
 from cmdlab.reporting.numbers import count, number, signed, value_label
 from cmdlab.reporting.page import Figure
 from cmdlab.reporting.panels import ARM, BASELINE, GRID, INK, MUTED, PAPER, SEED, Panel
@@ -21,14 +21,24 @@ METRIC_NAMES = {
 LINE = 47  # height of a forest's row
 
 
+class Difference(NamedTuple):
+    """A row of a forest. dashed: exploratory. filled: separated from zero after correction."""
+
+    name: str
+    label: str
+    result: Comparison
+    dashed: bool
+    filled: bool
+
+
 def forest_figure(study: Study, by_metric: dict[str, list[ArmComparison]]) -> Figure:
     """Paired differences: one panel a metric, one row an arm."""
     shown = {
-        metric: [one for one in comparisons if one.result is not None]
+        metric: _differences(study, metric, comparisons)
         for metric, comparisons in by_metric.items()
     }
     limit = _forest_limit([one for ones in shown.values() for one in ones])
-    exploratory = any(not one.planned for one in shown[HEADLINE])
+    exploratory = any(one.dashed for one in shown[HEADLINE])
     return Figure(
         "differences-figure",
         f"Each arm minus {study.baseline}, same seeds and same queries, in percentage points. "
@@ -38,16 +48,46 @@ def forest_figure(study: Study, by_metric: dict[str, list[ArmComparison]]) -> Fi
         + "Triangles point to what lies beyond the scale. "
         "The directions on their own were not tested.",
         [
-            _forest(study, METRIC_NAMES[metric], comparisons, limit, f"forest-{index}")
-            for index, (metric, comparisons) in enumerate(shown.items())
+            _forest(METRIC_NAMES[metric], rows, limit, f"forest-{index}")
+            for index, (metric, rows) in enumerate(shown.items())
         ],
     )
 
 
 def forest_panel(study: Study, metric: str, comparisons: list[ArmComparison]) -> Markup:
     """One panel of `forest_figure` by itself."""
-    shown = [one for one in comparisons if one.result is not None]
-    return _forest(study, METRIC_NAMES[metric], shown, _forest_limit(shown), "forest")
+    shown = _differences(study, metric, comparisons)
+    return _forest(METRIC_NAMES[metric], shown, _forest_limit(shown), "forest")
+
+
+def pairs_figure(name: str, family: str, by_measure: dict[str, list[Difference]]) -> Figure:
+    """The pairs of a family: one panel a measure, each with a scale of its own."""
+    return Figure(
+        f"{name}-figure",
+        f"{family}: the first arm of each pair minus the second, in percentage points. Line: 95 % "
+        "interval. Diamond: mean, filled where it is separated from zero after Holm's correction. "
+        "Open circles: single seeds. Triangles point to what lies beyond the scale.",
+        [
+            _forest(measure, rows, _forest_limit(rows), f"{name}-{index}")
+            for index, (measure, rows) in enumerate(by_measure.items())
+        ],
+    )
+
+
+def _differences(
+    study: Study, metric: str, comparisons: Sequence[ArmComparison]
+) -> list[Difference]:
+    return [
+        Difference(
+            one.arm,
+            arm_label(study, one.arm).removeprefix(f"{study.axis_base}, "),
+            one.result,
+            not one.planned,
+            one.separated and metric == HEADLINE,
+        )
+        for one in comparisons
+        if one.result is not None
+    ]
 
 
 def axes_figure(study: Study) -> Figure:
@@ -242,27 +282,23 @@ def word_maps_svg(
     )
 
 
-def _forest(
-    study: Study, metric: str, comparisons: list[ArmComparison], limit: float, name: str
-) -> Markup:
-    height = 62 + LINE * max(1, len(comparisons))
+def _forest(metric: str, rows: Sequence[Difference], limit: float, name: str) -> Markup:
+    height = 62 + LINE * max(1, len(rows))
     panel = Panel(name, height, margins=(6, 6, 26, 40))
     axes = panel.axes
     axes.set_xlim(-limit, limit)
-    axes.set_ylim(len(comparisons), 0)
+    axes.set_ylim(len(rows), 0)
     described = []
-    for index, one in enumerate(comparisons):
+    for index, one in enumerate(rows):
         result = one.result
-        assert result is not None
-        label = arm_label(study, one.arm).removeprefix(f"{study.axis_base}, ")
         figures = f"{signed(result.difference)} [{signed(result.low)}, {signed(result.high)}]"
-        described.append(f"{one.arm}: {figures}")
+        described.append(f"{one.name}: {figures}")
         place = axes.get_yaxis_transform()
         text: dict[str, Any] = {"va": "center", "fontsize": 11.5, "transform": place, "zorder": 4}
-        axes.text(0, index + 0.2, _shorten(label, 24), color=INK, **text)
+        axes.text(0, index + 0.2, _shorten(one.label, 24), color=INK, **text)
         axes.text(1, index + 0.2, figures, color=INK, ha="right", **text)
         y = index + 0.62
-        dashes = "-" if one.planned else (0, (2.5, 1))
+        dashes = (0, (2.5, 1)) if one.dashed else "-"
         ends = [result.low, result.high]
         axes.plot(ends, [y, y], color=ARM, linewidth=2.2, linestyle=dashes, zorder=2)
         axes.scatter(
@@ -274,8 +310,7 @@ def _forest(
             linewidths=1.1,
             zorder=3,
         )
-        filled = one.separated and metric == METRIC_NAMES[HEADLINE]
-        face = ARM if filled else PAPER
+        face = ARM if one.filled else PAPER
         marker, x = "D", result.difference
         if abs(x) > limit:  # a far arm must not flatten the others
             marker, x = "<" if x < 0 else ">", 0.97 * float(np.sign(x)) * limit
@@ -288,7 +323,7 @@ def _forest(
     return panel.svg(f"Paired differences in {metric}", "; ".join(described) + ".")
 
 
-def _forest_limit(shown: Sequence[ArmComparison]) -> float:
+def _forest_limit(shown: Sequence[Difference]) -> float:
     """The end of the scale: all intervals and seeds, but for arms far beyond the usual one."""
     reach = [max(map(abs, _reach(one.result))) for one in shown]
     return 1.08 * max(0.5, min(max(reach, default=0.0), 4 * float(np.median(reach or [0.0]))))

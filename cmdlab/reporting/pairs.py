@@ -7,8 +7,9 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from cmdlab.evaluation import Comparison, compare, compare_by_seed, holm
+from cmdlab.reporting.figures import METRIC_NAMES, Difference, pairs_figure
 from cmdlab.reporting.numbers import ABSENT, number, p_value, signed
-from cmdlab.reporting.page import Column, Row, Section, Table, paragraph
+from cmdlab.reporting.page import Column, Figure, Row, Section, Table, paragraph
 from cmdlab.reporting.study import HEADLINE, Run, Study, incomparable
 from cmdlab.reporting.tables import record_links
 
@@ -54,8 +55,33 @@ def pairs_section(study: Study) -> Section | None:
         "alone, are not adjusted. For mean R@1 seeds and images are drawn again; for the foil test "
         "seeds alone, on the very foils that were measured, so that a single seed gives none.",
     )
-    tables = [_table(study, family) for family in study.pairs]
-    return Section("pairs", "Comparisons asked for", [text, *tables])
+    blocks: list[Markup | Figure | Table] = [text]
+    for family, pairs in study.pairs.items():
+        if any(other != study.baseline for _, other in pairs):  # else the figure above shows them
+            blocks.append(_figure(study, family))
+        blocks.append(_table(study, family))
+    return Section("pairs", "Comparisons asked for", blocks)
+
+
+def _figure(study: Study, family: str) -> Figure:
+    rows: dict[str, list[Difference]] = {}
+    for one in compare_pairs(study, family):
+        title = METRIC_NAMES.get(one.measure, f"{one.measure} test")
+        pair = f"{one.arm} minus {one.other}"
+        rows.setdefault(title, []).append(
+            Difference(pair, _label(one.arm, one.other), one.result, False, one.separated)
+        )
+    return pairs_figure(_name(family), family, rows)
+
+
+def _label(arm: str, other: str) -> str:
+    """What the names of both arms end with, after a comma: "5 dB" of "cmd, 5 dB"; else the pair."""
+    own, others = (name.partition(", ")[2] for name in (arm, other))
+    return own if own and own == others else f"{arm} − {other}"
+
+
+def _name(family: str) -> str:
+    return f"pairs-{re.sub('[^a-z0-9]+', '-', family.lower())}"
 
 
 def _table(study: Study, family: str) -> Table:
@@ -74,7 +100,7 @@ def _table(study: Study, family: str) -> Table:
             cells.append(record_links([run for run, _ in runs], per_seed))
         rows.append(Row(cells))
     return Table(
-        f"pairs-{re.sub('[^a-z0-9]+', '-', family.lower())}-table",
+        f"{_name(family)}-table",
         f"{family}: differences on the test set, in percentage points.",
         [
             Column("Pair", numeric=False),

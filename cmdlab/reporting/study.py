@@ -25,6 +25,7 @@ from cmdlab.evaluation import (
 HEADLINE = "mean_R@1"
 BASELINE = "contrastive"  # where no sweep names one
 NOT_AN_AXIS = {"seed", "smoke", "run_folder"}
+DATA = ("corpus", "test_corpus", "images", "snr_db", "without_words")  # parameters, not a method's
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,19 @@ class Study:
 
     @cached_property
     def compared_arms(self) -> list[str]:
-        """The finished arms that stand against the baseline."""
-        return [arm for arm in self.finished_arms if arm not in {self.baseline, *self.ceilings}]
+        """The finished arms that stand against the baseline: not the ceilings, nor an arm of other
+        data for which the sweep asks for a pair of its own."""
+        paired = {arm for pairs in self.pairs.values() for pair in pairs for arm in pair}
+        data = {
+            arm: [parameters.get(name) for name in DATA]
+            for arm, parameters in self.parameters.items()
+        }
+        return [
+            arm
+            for arm in self.finished_arms
+            if arm not in {self.baseline, *self.ceilings}
+            and not (arm in paired and data[arm] != data.get(self.baseline))
+        ]
 
     @cached_property
     def seeds(self) -> list[int]:

@@ -290,13 +290,39 @@ def test_a_gain_that_needs_no_corruption_is_not_called_denoising(
     write_report([runs], tmp_path / "report.html")
     page = read(tmp_path / "report.html")
     told = text_of(page, "claim")
-    assert ("the gain of cmd is not shown to be denoising's" in told) != is_denoising
+    assert ("no gain of cmd is shown to be denoising's" in told) != is_denoising
     cells = row(page, "pairs-as-planned-table", "cmd minus contrastive")
     stated = cells[2].get_text() if cells[2].get_text()[0] == "<" else f"= {cells[2].get_text()}"
     for part in told.split("As planned:"):  # one p for one comparison, wherever it is told
         assert f"Holm-adjusted p {stated}" in part
     control = row(page, "pairs-as-planned-table", "cmd minus no-corruption")
     assert f"cmd minus no-corruption : {control[0].contents[0]} points of mean R@1" in told
+
+
+def test_arms_of_other_data_are_compared_in_their_pairs_alone(make_study, tmp_path):
+    """And many pairs are counted in the claim, with a sentence for those that are separated."""
+    data = {"": {}} | {f", {n} pictures": {"images": n} for n in (10, 20, 30, 40)}
+    arms = {f"cmd{name}": own for name, own in data.items()}
+    arms |= {f"contrastive{name}": own | {"weight": 0.0} for name, own in data.items()}
+    pairs = [[f"cmd{name}", f"contrastive{name}"] for name in data]
+    runs = make_study(
+        *(tmp_path / "runs",),
+        **{"arms": arms, "effects": {"cmd, 20 pictures": 1.5}, "examples": False},
+        listing={"pairs": {"Regimes": pairs}},
+    )
+    write_report([runs], tmp_path / "report.html")
+    page = read(tmp_path / "report.html")
+    rows = page.find(id="differences-table").tbody.find_all("tr")
+    assert [line.th.contents[0] for line in rows] == ["cmd †"]
+    told = text_of(page, "claim")
+    assert "Of 5 pairs 1 came out above zero, none below, and 4 not separated from it." in told
+    assert "cmd, 20 pictures minus contrastive, 20 pictures :" in told
+    assert "cmd, 10 pictures minus" not in told
+    drawn = str(page.find(id="pairs-regimes-figure"))
+    in_table = page.find(id="pairs-regimes-table").tbody.find_all("tr")
+    for line, (arm, other) in zip(in_table, pairs, strict=True):
+        assert line.th.get_text() == f"{arm} minus {other}"
+        assert f"{arm} minus {other}: " in drawn
 
 
 def test_a_pair_that_cannot_be_compared_says_why(make_study, tmp_path):
