@@ -190,12 +190,15 @@ def _asked_for(study: Study, family: str) -> list[Markup]:
         )
         for one in told
     ]
-    foils = [one for one in found if one.measure != HEADLINE]
-    if foils:
-        apart = [one.arm for one in foils if one.separated]
+    foils = [one.separated for one in found if one.measure != HEADLINE]
+    if len(foils) == 1:
+        judged = "is" if foils[0] else "is not"
+        sentences.append(Markup("By the foil test it {} separated.").format(judged))
+    elif foils:
+        apart = sum(foils)
         sentences.append(
             Markup("By the foil test {} of {} pairs {} separated.").format(
-                len(apart) or "none", len(foils), "is" if len(apart) < 2 else "are"
+                apart or "none", len(foils), "is" if apart < 2 else "are"
             )
         )
     return sentences + [
