@@ -13,6 +13,7 @@ from cmdlab.encoders.tiny import WEIGHTS
 from cmdlab.evaluation import compare
 from cmdlab.records import load_records
 from cmdlab.reporting import write_kernel_report, write_report
+from cmdlab.reporting.numbers import number, signed
 from cmdlab.reporting.pairs import compare_pairs
 from cmdlab.reporting.study import read_study
 from cmdlab.sweeps.files import read_sweep
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "reports"
 PUBLISHED = [
     *("study", "ablation", "competitors", "little-data", "binding"),
-    *("fair", "fair-search", "fair-search-little"),
+    *("fair", "fair-search", "fair-search-little", "study-search", "regimes", "text"),
 ]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -108,6 +109,31 @@ def test_the_readme_tells_what_the_fair_test_found():
     assert f"{at_low:.1f} at 0.003" in README
     rates = [found[arm] for arm in ("contrastive-128-1e-2", "contrastive-128")]
     assert f"from {rates[0]:.1f} to {rates[1]:.1f}" in README
+
+
+def test_the_readme_tells_where_it_pays():
+    study = read_study([REPORTS / "regimes"])
+    by_recall = [one for one in compare_pairs(study, "Regimes") if one.measure == "mean_R@1"]
+    assert len(by_recall) == len(study.pairs["Regimes"])
+    for one in by_recall:
+        changed = one.arm.partition(", ")[2] or "nothing"
+        means = [number(study.interval(arm).mean) for arm in (one.other, one.arm)]
+        found = one.result
+        difference = f"{signed(found.difference)} [{signed(found.low)}, {signed(found.high)}]"
+        assert f"| {changed} | {' | '.join(means)} | {difference} |" in README
+
+
+def test_the_readme_tells_what_text_gains():
+    study = read_study([REPORTS / "text"])
+    [pair] = [
+        one
+        for one in compare_pairs(study, "Methods")
+        if (one.arm, one.other, one.measure) == ("cmd", "contrastive", "mean_R@1")
+    ]
+    means = [f"{number(study.interval(arm).mean)} %" for arm in ("cmd", "contrastive")]
+    assert f"{' against '.join(means)} in [reports/text.html]" in README
+    low, high = signed(pair.result.low), signed(pair.result.high)
+    assert f"{signed(pair.result.difference)} points ({low} to {high}" in README
 
 
 def test_the_readme_gives_the_times_of_its_records():

@@ -127,6 +127,14 @@ class Study:
             and not (arm in paired and data[arm] != data.get(self.baseline))
         ]
 
+    def rival(self, arm: str) -> str | None:
+        """What an arm stands against: the baseline, or the second arm of its own pair."""
+        if arm in self.compared_arms:
+            return self.baseline
+        pairs = [pair for family in self.pairs.values() for pair in family]
+        own = {first: second for first, second in pairs if first != self.baseline}
+        return own.get(arm)
+
     @cached_property
     def seeds(self) -> list[int]:
         return sorted({run.seed for run in self.runs})

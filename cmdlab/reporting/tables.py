@@ -311,6 +311,12 @@ def arm_label(study: Study, arm: str) -> str:
     return f"{arm} †" if chosen else arm
 
 
+def rivals_of(study: Study) -> str:
+    """What the arms stand against, in words."""
+    rivals = {study.rival(arm) for arm in study.finished_arms} - {None, study.baseline}
+    return f"{study.baseline}, or the second arm of its own pair" if rivals else study.baseline
+
+
 def spread(costs: list[dict[str, Any]], key: str, show: Callable[[float], str]) -> str | Markup:
     """The mean of a value over some runs, and its range below where they differ."""
     values = [cost[key] for cost in costs if cost.get(key) is not None]

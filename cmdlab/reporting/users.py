@@ -13,7 +13,7 @@ from cmdlab.evaluation import SCREEN, Interval, compare
 from cmdlab.reporting.numbers import number, signed
 from cmdlab.reporting.page import Column, Row, Section, Table, paragraph
 from cmdlab.reporting.study import Study, incomparable
-from cmdlab.reporting.tables import arm_label, record_links
+from cmdlab.reporting.tables import arm_label, record_links, rivals_of
 
 SECONDS = 1.0  # that a look at a picture takes; stated, not measured
 SEARCHES = 100  # a day, that the form begins with
@@ -28,7 +28,7 @@ def users_section(study: Study) -> Section:
         "shows {} of them. The time saved is against {}, in pairs of seeds and queries.",
         f"{SECONDS:g}",
         SCREEN,
-        study.baseline,
+        rivals_of(study),
     )
     return Section("users", "What it means for a user", [text, _table(study), _form(study)])
 
@@ -76,9 +76,9 @@ def _cell(found: Interval, unit: str = "") -> Markup:
 
 
 def _saved(study: Study, arm: str) -> str:
-    """Seconds that the baseline takes longer, on the seeds that both have."""
-    pairs = study.paired(arm, study.baseline)
-    if arm not in study.compared_arms or incomparable(pairs):
+    """Seconds that the arm's rival takes longer, on the seeds that both have."""
+    rival = study.rival(arm)
+    if rival is None or incomparable(pairs := study.paired(arm, rival)):
         return ""
     found = compare(
         [of.ranks for _, of in pairs], [own.ranks for own, _ in pairs], "speech_to_image/mean_rank"

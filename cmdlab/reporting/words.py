@@ -7,7 +7,7 @@ from cmdlab.evaluation import compare_by_seed
 from cmdlab.reporting.numbers import ABSENT, number, signed
 from cmdlab.reporting.page import Column, Row, Section, Table, paragraph
 from cmdlab.reporting.study import Run, Study
-from cmdlab.reporting.tables import arm_label, record_links
+from cmdlab.reporting.tables import arm_label, record_links, rivals_of
 
 KINDS = ("new", "known")
 
@@ -45,23 +45,25 @@ def words_section(study: Study) -> Section | None:
             *(
                 Column(name, f"{kind} words".capitalize())
                 for kind in KINDS
-                for name in ("R@1", f"minus {study.baseline}", "captions")
+                for name in ("R@1", "difference", "captions")
             ),
             Column("Records", numeric=False),
         ],
         rows,
-        "Below a difference its 95 % interval over seeds, on the very captions that were asked.",
+        f"Difference: minus {rivals_of(study)}. Below it its 95 % interval over seeds, on the very "
+        "captions that were asked.",
     )
     return Section("words", "Words kept out of training", [text, table])
 
 
 def _against(study: Study, arm: str, kind: str) -> str:
+    rival = study.rival(arm)
     pairs = [
         (_words(own)[kind]["R@1"], _words(other)[kind]["R@1"])
-        for own, other in study.paired(arm, study.baseline)
+        for own, other in (study.paired(arm, rival) if rival else [])
         if _words(own) and _words(other)
     ]
-    if arm == study.baseline or len(pairs) < 2:
+    if len(pairs) < 2:
         return ABSENT
     found = compare_by_seed(*zip(*pairs, strict=True))
     return Markup('{}<span class="interval">{} to {}</span>').format(

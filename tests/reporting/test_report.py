@@ -323,6 +323,11 @@ def test_arms_of_other_data_are_compared_in_their_pairs_alone(make_study, tmp_pa
     for line, (arm, other) in zip(in_table, pairs, strict=True):
         assert line.th.get_text() == f"{arm} minus {other}"
         assert f"{arm} minus {other}: " in drawn
+        assert " s" in row(page, "users-table", arm)[3].get_text()
+        assert row(page, "users-table", other)[3].get_text() == ""
+    study = read_study([runs])
+    assert study.rival("cmd, 20 pictures") == "contrastive, 20 pictures"
+    assert "against contrastive, or the second arm of its own pair" in text_of(page, "users")
 
 
 def test_a_pair_that_cannot_be_compared_says_why(make_study, tmp_path):
