@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "reports"
 PUBLISHED = [
     *("study", "ablation", "competitors", "little-data", "binding"),
-    *("fair", "fair-search", "fair-search-little", "study-search", "regimes", "text"),
+    *("fair", "fair-search", "fair-search-little", "study-search", "regimes", "text", "range-scan"),
 ]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -123,15 +123,16 @@ def test_the_readme_tells_where_it_pays():
         assert f"| {changed} | {' | '.join(means)} | {difference} |" in README
 
 
-def test_the_readme_tells_what_text_gains():
-    study = read_study([REPORTS / "text"])
+@pytest.mark.parametrize("name", ["text", "range-scan"])
+def test_the_readme_tells_what_is_gained_beyond_speech(name):
+    study = read_study([REPORTS / name])
     [pair] = [
         one
         for one in compare_pairs(study, "Methods")
         if (one.arm, one.other, one.measure) == ("cmd", "contrastive", "mean_R@1")
     ]
     means = [f"{number(study.interval(arm).mean)} %" for arm in ("cmd", "contrastive")]
-    assert f"{' against '.join(means)} in [reports/text.html]" in README
+    assert f"{' against '.join(means)} in [reports/{name}.html]" in README
     low, high = signed(pair.result.low), signed(pair.result.high)
     assert f"{signed(pair.result.difference)} points ({low} to {high}" in README
 
@@ -182,7 +183,7 @@ def test_the_published_runs_used_the_shipped_encoders():
     shipped = {
         path.stem: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in WEIGHTS.glob("*.safetensors")
-    } | {"tiny-words": weights_of(Encoder("tiny-words"))}  # a table, in no file
+    } | {name: weights_of(Encoder(name)) for name in ("tiny-words", "tiny-scan")}  # in no file
     records = [*REPORTS.glob("*/*/record.json")]
     assert records
     for record in records:
