@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 from bench import GRAPH, WrongResult, gate, peak_memory, row, timings
-from cmdlab_kernels import retrieval_ranks, retrieval_ranks_cpu, retrieval_ranks_small
+from cmdlab_kernels import retrieval_float32_cpu, retrieval_ranks, retrieval_ranks_cpu
 from cmdlab_kernels.retrieval_ranks import RetrievalRanks
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def _check(device: str) -> None:
             result = rank()
             gate(name, _same(result, expected))
             if device == "cpu":  # as a larger size has it
-                with patch.object(retrieval_ranks_small, "PAIRS", 0):
+                with patch.object(retrieval_float32_cpu, "_few", lambda _: False):
                     result = rank()
                 gate(f"{name}, in tiles", _same(result, expected))
             if inputs is sharp and result.shares.get(_path(device, name), 0) < 0.9:
@@ -117,16 +117,16 @@ def _path(device: str, name: str) -> str:
     """The arithmetic of which the provider `name` is to show the speed."""
     if device == "cuda":
         return "triton-int8"
-    return "cpu-fp32" if "fp32" in name else retrieval_ranks_cpu.precisions(768)[0].name
+    low = [] if "fp32" in name else retrieval_ranks_cpu.precisions(768)
+    return low[0].name if low else retrieval_float32_cpu.PATH
 
 
 def _ours(device: str, inputs: tuple[Tensor, ...]) -> dict[str, Callable]:
     functions: dict[str, Callable] = {"cmdlab_kernels": lambda: retrieval_ranks(*inputs)}
-    only_float32 = [retrieval_ranks_cpu.FP32]
-    if device == "cpu" and retrieval_ranks_cpu.precisions(768) != only_float32:
+    if device == "cpu" and retrieval_ranks_cpu.precisions(768):
 
         def without_low_precision() -> object:
-            with patch.object(retrieval_ranks_cpu, "precisions", lambda _: only_float32):
+            with patch.object(retrieval_ranks_cpu, "precisions", lambda _: []):
                 return retrieval_ranks(*inputs)
 
         functions["cmdlab_kernels, fp32 only"] = without_low_precision

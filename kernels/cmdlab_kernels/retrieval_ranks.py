@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cmdlab_kernels import retrieval_ranks_cpu, retrieval_ranks_small
+from cmdlab_kernels import retrieval_float32_cpu, retrieval_ranks_cpu
 from cmdlab_kernels.retrieval_scores import (
     PATHS,
     Counts,
@@ -224,7 +224,7 @@ def ranks_of_all(
     """The tensors of RetrievalRanks, for a gallery that is not split."""
     ids = speech_image_id, image_id
     if impl == "cpu":
-        counts = retrieval_ranks_small.count_small(speech, image, *ids)
+        counts = retrieval_float32_cpu.count_small(speech, image, *ids)
         if counts is not None:
             return counts.tensors()
     thresholds = best_scores(speech, image, *ids, impl, whole_gallery=True)

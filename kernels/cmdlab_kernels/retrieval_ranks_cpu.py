@@ -1,9 +1,10 @@
 """Certified retrieval ranks on the CPU: low-precision scores, a rigorous bound, few recomputed.
 
 Each caption takes the fastest of int8, bfloat16 and float32 that is expected to leave few of its
-scores in doubt. A tile of scores is made by a matrix product; row by row and column by column it is
-compared with the two ends of the interval in which the rounding could decide, and what lies between
-them is scored again. The proof of the bound is in `kernels/README.md`.
+scores in doubt; `retrieval_float32_cpu.py` has float32. A tile of int8 or bfloat16 scores is made
+by a matrix product; row by row and column by column it is compared with the two ends of the
+interval in which the rounding could decide, and what lies between them is scored again. The proof
+of the bound is in `kernels/README.md`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from cmdlab_kernels.retrieval_bounds import (
     int8_fits,
     ordinary,
 )
+from cmdlab_kernels.retrieval_float32_cpu import count_float32, plain_float32
 from cmdlab_kernels.retrieval_scores import (
     Counts,
     count_exact,
@@ -30,34 +32,23 @@ from cmdlab_kernels.retrieval_scores import (
     pair_scores,
     positive_pairs,
 )
-from cmdlab_kernels.retrieval_tiles_cpu import BF16, FP32, INT8, Precision, Tiles, plain_float32
+from cmdlab_kernels.retrieval_tiles_cpu import BF16, INT8, Precision, Tiles
 
 SAMPLED = 64  # images from which the spread of a caption's scores is estimated
 SURPRISE = 4  # times the share expected at most, on the average of all captions, is too much
 
 
 def precisions(dimensions: int) -> list[Precision]:
-    """What this processor multiplies fast, fastest first; int8 only where no sum can overflow."""
-    fast = fast_dtypes()
+    """What this processor multiplies faster than float32, fastest first.
+
+    int8 only where no sum can overflow.
+    """
+    fast = retrieval_tiles_cpu.fast_dtypes()
     return [
         precision
-        for precision in (INT8, BF16, FP32)
+        for precision in (INT8, BF16)
         if precision.dtype in fast and (precision != INT8 or int8_fits(dimensions))
     ]
-
-
-def fast_dtypes() -> tuple[torch.dtype, ...]:
-    """The types of which this processor multiplies matrices no slower than those of float32.
-
-    Without VNNI or AMX an int8 product is slow; without AVX-512 BF16 or AMX so is a bfloat16 one.
-    """
-    amx, mkldnn = torch.cpu._is_amx_tile_supported(), torch.backends.mkldnn.is_available()
-    found = [torch.float32]
-    if mkldnn and (amx or torch.cpu._is_avx512_bf16_supported()):
-        found.append(torch.bfloat16)
-    if mkldnn and (amx or torch.cpu._is_vnni_supported()):
-        found.append(torch.int8)
-    return tuple(found)
 
 
 def count_certified(
@@ -80,20 +71,18 @@ def count_certified(
     rows = torch.arange(len(speech), device="cpu")  # those that no precision has taken yet
     with plain_float32():
         tried = precisions(speech.shape[1])
-        expected = _expectation(speech, image) if len(tried) > 1 else None
+        if tried:
+            expected = _expectation(speech, image)
         for precision in tried:
             left = speech if len(rows) == len(speech) else speech[rows]
             low_speech = precision.round(left, clip=True)
             low_image = precision.round(image, clip=False)
-            cheap = torch.ones_like(rows, dtype=torch.bool)
-            if expected is not None and precision.dtype != torch.float32:
-                ends = doubtful_interval(speech_threshold[rows], low_speech, low_image)
-                doubt = expected.share_within(rows, ends * (low_speech.scale * low_image.scale))
-                cheap = doubt <= precision.doubtful_limit
-                if int(cheap.sum()) * 8 < len(rows):  # a pass for so few is not worth its beginning
-                    continue
-                low_speech = low_speech[cheap]
-            chosen = rows[cheap]
+            ends = doubtful_interval(speech_threshold[rows], low_speech, low_image)
+            doubt = expected.share_within(rows, ends * (low_speech.scale * low_image.scale))
+            cheap = doubt <= precision.doubtful_limit
+            if int(cheap.sum()) * 8 < len(rows):  # a pass for so few is not worth its beginning
+                continue
+            low_speech, chosen = low_speech[cheap], rows[cheap]
             ids = speech_image_id[chosen], image_id
             thresholds = speech_threshold[chosen], image_threshold
             part, handed_on = _count(
@@ -105,8 +94,9 @@ def count_certified(
             rows = rows[left_over]
             if len(rows) == 0:
                 return counts
+    left = speech if len(rows) == len(speech) else speech[rows]
     ids, thresholds = (speech_image_id[rows], image_id), (speech_threshold[rows], image_threshold)
-    counts.add_part(count_exact(speech[rows], image, *ids, *thresholds), rows)
+    counts.add_part(count_float32(left, image, *ids, *thresholds), rows)
     return counts
 
 
@@ -152,8 +142,8 @@ def _count(
 
     low_speech, speech_image_id, speech_threshold [n] and the counts are of the chosen rows. A row
     of which too much is in doubt in the first chunk of columns is handed on; where that is most
-    rows, or the others' average is too much, all are. Later, and in float32, after which nothing is
-    tried, such a row of a tile is counted exactly.
+    rows, or the others' average is too much, all are. Later such a row of a tile is counted
+    exactly.
     """
     n = len(chosen)
     tiles = Tiles(precision, low_speech, low_image)
@@ -176,7 +166,7 @@ def _count(
             pairs = tiles.compare(*ends)
             in_doubt = torch.bincount(pairs // tiles.shape[1], minlength=tiles.shape[0])
             crowded = (in_doubt > precision.crowded_limit * tiles.shape[1]).nonzero()[:, 0]
-            may_hand_on = columns.start == 0 and precision.dtype != torch.float32
+            may_hand_on = columns.start == 0
             if len(crowded) > 0:
                 place = rows.start + crowded
                 if may_hand_on:
@@ -204,12 +194,7 @@ def _count(
             row, column = pairs // tiles.shape[1], pairs % tiles.shape[1]
             by_row, by_column = speech_threshold[rows][row], by_image[column]
             error = speech_error[rows][row] * image_error[columns][column]
-            if precision.dtype == torch.promote_types(speech.dtype, torch.float32):
-                scores = tiles.products(pairs)
-            else:
-                scores = _sampled_products(
-                    speech.index_select(0, chosen[rows]), images, row, column
-                )
+            scores = _sampled_products(speech.index_select(0, chosen[rows]), images, row, column)
             error += speech.shape[1] * 2.0**-110 * max(1.0, tiles.unit)  # underflow
             near = (scores - by_row).abs() <= error
             near |= (scores - by_column).abs() <= error

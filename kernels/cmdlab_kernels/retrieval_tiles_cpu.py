@@ -9,8 +9,6 @@ adding such words adds as many counts at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +49,20 @@ class Precision:
 
 INT8 = Precision("cpu-int8", torch.int8, torch.int32, torch.int8, 0.0075, 0.12)
 BF16 = Precision("cpu-bf16", torch.bfloat16, torch.bfloat16, torch.int16, 0.015, 0.24)
-FP32 = Precision("cpu-fp32", torch.float32, torch.float32, torch.int16, 1.0, 0.03)
+
+
+def fast_dtypes() -> tuple[torch.dtype, ...]:
+    """The types of which this processor multiplies matrices no slower than those of float32.
+
+    Without VNNI or AMX an int8 product is slow; without AVX-512 BF16 or AMX so is a bfloat16 one.
+    """
+    amx, mkldnn = torch.cpu._is_amx_tile_supported(), torch.backends.mkldnn.is_available()
+    found = [torch.float32]
+    if mkldnn and (amx or torch.cpu._is_avx512_bf16_supported()):
+        found.append(torch.bfloat16)
+    if mkldnn and (amx or torch.cpu._is_vnni_supported()):
+        found.append(torch.int8)
+    return tuple(found)
 
 
 class Tiles:
@@ -142,10 +153,6 @@ class Tiles:
         """The verdicts int8 or int16 [P] on the pairs: above the row's, the column's interval."""
         return self.verdicts[1].flatten()[pairs], self.verdicts[3].flatten()[pairs]
 
-    def products(self, pairs: Tensor) -> Tensor:
-        """The products float64 [P] of the pairs, in the unit of the scores."""
-        return self.memory[pairs].double() * self.unit
-
     def _lanes(self, words: Tensor) -> Tensor:
         """The counts [n, 8 or 4] that words int64 [n] hold, as int64."""
         lane = torch.uint8 if self.scores.itemsize == 1 else torch.int16
@@ -163,15 +170,3 @@ def byte_shift(queries: Rounded, gallery: Rounded) -> int:
 def short_unit(queries: Rounded, gallery: Rounded) -> float:
     """The power of two by which the gallery is multiplied for int16 to hold every product."""
     return 2.0 ** math.floor(math.log2(32000 / float(queries.reach * gallery.reach)))
-
-
-@contextmanager
-def plain_float32() -> Iterator[None]:
-    """Float32 products in float32, whatever torch.set_float32_matmul_precision says."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

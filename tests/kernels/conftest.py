@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cmdlab_kernels import retrieval_ranks_cpu, retrieval_ranks_small
+from cmdlab_kernels import retrieval_float32_cpu, retrieval_tiles_cpu
 
-PROCESSORS = {  # which types they multiply fast, and up to how many pairs one product serves
-    "int8": ((torch.float32, torch.bfloat16, torch.int8), 0),
-    "bf16": ((torch.float32, torch.bfloat16), 0),
-    "fp32": ((torch.float32,), 0),
-    "few pairs": ((torch.float32,), 2**20),
+PROCESSORS = {  # which types they multiply fast, up to how many pairs one product serves, a block
+    "int8": ((torch.float32, torch.bfloat16, torch.int8), 0, 2**23),
+    "bf16": ((torch.float32, torch.bfloat16), 0, 2**23),
+    "fp32": ((torch.float32,), 0, 2**14),
+    "few pairs": ((torch.float32,), 2**20, 2**23),
 }
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -53,9 +53,10 @@ def processor(request) -> Iterator[str | None]:
     kind = getattr(request, "param", None)  # none for a test of the Triton path
     with pytest.MonkeyPatch.context() as patch:
         if kind is not None:
-            dtypes, pairs = PROCESSORS[kind]
-            patch.setattr(retrieval_ranks_cpu, "fast_dtypes", lambda: dtypes)
-            patch.setattr(retrieval_ranks_small, "PAIRS", pairs)
+            dtypes, pairs, block = PROCESSORS[kind]
+            patch.setattr(retrieval_tiles_cpu, "fast_dtypes", lambda: dtypes)
+            patch.setattr(retrieval_float32_cpu, "PAIRS", pairs)
+            patch.setattr(retrieval_float32_cpu, "BLOCK", block)
         yield kind
 
 

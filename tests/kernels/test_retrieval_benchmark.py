@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cmdlab_kernels import retrieval_ranks_cpu, retrieval_ranks_small
+from cmdlab_kernels import retrieval_float32_cpu, retrieval_ranks_cpu
 
 pytestmark = [
     pytest.mark.usefixtures("processor"),
@@ -51,22 +51,25 @@ def test_the_gate_is_red_for_a_wrong_peer(ranks, monkeypatch, name, direction):
 
 
 def test_a_wrong_count_of_the_fastest_product_gets_no_speed(ranks, monkeypatch):
-    fastest = retrieval_ranks_cpu.precisions(768)[0]
-    count = retrieval_ranks_cpu._count
+    low = retrieval_ranks_cpu.precisions(768)
+    name = "_count" if low else "count_float32"
+    count = getattr(retrieval_ranks_cpu, name)
 
-    def wrong(precision, *arguments):
-        counts, handed_on = count(precision, *arguments)
-        if precision == fastest:
-            counts.image_greater[3] += 1
-        return counts, handed_on
+    def wrong(*arguments):
+        result = count(*arguments)
+        if not low:
+            result.image_greater[3] += 1
+        elif arguments[0] == low[0]:
+            result[0].image_greater[3] += 1
+        return result
 
-    monkeypatch.setattr(retrieval_ranks_cpu, "_count", wrong)
+    monkeypatch.setattr(retrieval_ranks_cpu, name, wrong)
     with pytest.raises(ranks.WrongResult, match=r"cmdlab_kernels(, in tiles)? differs"):
         ranks._check("cpu")
 
 
 def test_a_wrong_count_of_few_pairs_gets_no_speed(ranks, monkeypatch):
-    count = retrieval_ranks_small.count_small
+    count = retrieval_float32_cpu.count_small
 
     def wrong(*arguments):
         counts = count(*arguments)
@@ -74,8 +77,8 @@ def test_a_wrong_count_of_few_pairs_gets_no_speed(ranks, monkeypatch):
             counts.speech_equal[3] += 1
         return counts
 
-    monkeypatch.setattr(retrieval_ranks_small, "PAIRS", 2**20)
-    monkeypatch.setattr(retrieval_ranks_small, "count_small", wrong)
+    monkeypatch.setattr(retrieval_float32_cpu, "PAIRS", 2**20)
+    monkeypatch.setattr(retrieval_float32_cpu, "count_small", wrong)
     with pytest.raises(ranks.WrongResult, match="cmdlab_kernels differs"):
         ranks._check("cpu")
 

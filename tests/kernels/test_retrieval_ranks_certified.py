@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 from cmdlab_kernels import (
+    retrieval_float32_cpu,
     retrieval_ranks,
     retrieval_ranks_cpu,
-    retrieval_ranks_small,
     retrieval_tiles_cpu,
 )
 from cmdlab_kernels.retrieval_bounds import doubtful_interval, ordinary, round_rows
-from cmdlab_kernels.retrieval_tiles_cpu import FP32
+from cmdlab_kernels.retrieval_ranks import best_scores
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("processor")
 
 FIELDS = ("speech_greater", "speech_equal", "image_greater", "image_equal")
-PRECISIONS = {p.name: p for p in (retrieval_tiles_cpu.INT8, retrieval_tiles_cpu.BF16, FP32)}
+PRECISIONS = {p.name: p for p in (retrieval_tiles_cpu.INT8, retrieval_tiles_cpu.BF16)}
 
 
 def brute_force(speech, image, speech_image_id, image_id):
@@ -144,7 +144,7 @@ def test_never_differs_from_brute_force(attack, seed, images, width):
     assert_equal_to_brute_force(retrieval_ranks(*inputs, impl="cpu"), *inputs)
 
 
-@pytest.mark.parametrize("name", list(PRECISIONS))
+@pytest.mark.parametrize("name", [*PRECISIONS, retrieval_float32_cpu.PATH])
 @settings(deadline=None, max_examples=60)
 @given(
     attack=st.sampled_from(ATTACKS),
@@ -153,11 +153,15 @@ def test_never_differs_from_brute_force(attack, seed, images, width):
     width=st.integers(1, 48),
 )
 def test_a_precision_that_never_gives_up_does_not_either(name, attack, seed, images, width):
-    without_limit = replace(PRECISIONS[name], doubtful_limit=1.0, crowded_limit=1.0)
     inputs = attacked(attack, seed, images, width)
+    tried = []
+    if name in PRECISIONS:
+        tried = [replace(PRECISIONS[name], doubtful_limit=1.0, crowded_limit=1.0)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval_ranks_cpu, "precisions", lambda dimensions: [without_limit])
-        patch.setattr(retrieval_ranks_small, "PAIRS", 0)
+        patch.setattr(retrieval_ranks_cpu, "precisions", lambda dimensions: tried)
+        patch.setattr(retrieval_float32_cpu, "CROWDED_LIMIT", 1.0)
+        patch.setattr(retrieval_float32_cpu, "_few", lambda pairs: False)
+        patch.setattr(retrieval_float32_cpu, "BLOCK", 150)
         result = retrieval_ranks(*inputs, impl="cpu")
     assert_equal_to_brute_force(result, *inputs)
     assert result.path == (name if ordinary(*inputs[:2]) else "exact")  # all may be zeros
@@ -261,7 +265,8 @@ def test_little_in_doubt_keeps_the_fastest_precision_and_much_gives_it_up():
     generator = torch.Generator().manual_seed(0)
     speech, image = trained(generator, 300, 100, 256)
     ids = torch.arange(300) % 100, torch.arange(100)
-    fastest = retrieval_ranks_cpu.precisions(256)[0].name
+    low = retrieval_ranks_cpu.precisions(256)
+    fastest = low[0].name if low else retrieval_float32_cpu.PATH
     assert retrieval_ranks(speech, image, *ids).shares == {fastest: 1}
     same = torch.full((1, 256), 0.1)
     assert retrieval_ranks(same.expand(300, -1), same.expand(100, -1), *ids).shares == {"exact": 1}
@@ -281,18 +286,37 @@ def test_captions_that_need_different_precisions_make_one_result():
     assert sum(result.shares.values()) == pytest.approx(1)
 
 
-def test_tiles_of_any_size_and_padding_give_the_same_counts(monkeypatch):
+@pytest.mark.parametrize("name", list(PRECISIONS))
+def test_tiles_of_any_size_and_padding_give_the_same_counts(monkeypatch, name):
     generator = torch.Generator().manual_seed(0)
     speech, image = small_integers(generator, 300, 77, 9)
     inputs = speech, image, torch.arange(300) % 77, torch.arange(77)
     expected = brute_force(*inputs)
-    without_limit = replace(FP32, crowded_limit=1.0)
+    without_limit = replace(PRECISIONS[name], doubtful_limit=1.0, crowded_limit=1.0)
+    monkeypatch.setattr(retrieval_float32_cpu, "_few", lambda pairs: False)
     monkeypatch.setattr(retrieval_ranks_cpu, "precisions", lambda dimensions: [without_limit])
     for height, width in ((1, 8), (48, 16), (479, 40)):
         monkeypatch.setattr(retrieval_tiles_cpu, "HEIGHT", height)
         monkeypatch.setattr(retrieval_tiles_cpu, "WIDTH", width)
         result = retrieval_ranks(*inputs, impl="cpu")
         assert [getattr(result, field).tolist() for field in FIELDS] == expected
+        assert result.path == name
+
+
+@pytest.mark.parametrize("crowded_limit", [0.03, 1.0])  # much is tied: rows are counted exactly
+def test_float32_blocks_of_any_size_give_the_same_counts(monkeypatch, crowded_limit):
+    generator = torch.Generator().manual_seed(0)
+    speech, image = small_integers(generator, 90, 23, 9)
+    ids = torch.arange(90) % 23, torch.arange(23)
+    expected = brute_force(speech, image, *ids)
+    monkeypatch.setattr(retrieval_float32_cpu, "CROWDED_LIMIT", crowded_limit)
+    best = best_scores(speech, image, *ids, "cpu", whole_gallery=True)
+    for width, block, compared in ((1, 1, 1), (16, 200, 50), (23, 23 * 89, 2**19), (99, 9**9, 5)):
+        monkeypatch.setattr(retrieval_float32_cpu, "WIDTH", width)
+        monkeypatch.setattr(retrieval_float32_cpu, "BLOCK", block)
+        monkeypatch.setattr(retrieval_float32_cpu, "COMPARED", compared)
+        counts = retrieval_float32_cpu.count_float32(speech, image, *ids, *best)
+        assert [getattr(counts, field).tolist() for field in FIELDS] == expected
 
 
 def test_few_pairs_compared_in_tiles_of_any_size_give_the_same_counts(monkeypatch):
@@ -302,18 +326,19 @@ def test_few_pairs_compared_in_tiles_of_any_size_give_the_same_counts(monkeypatc
     inputs = speech, image, torch.arange(300) % 77, torch.arange(77)
     expected = brute_force(*inputs)
     assert sum(map(sum, expected[1::2])) > 0
-    monkeypatch.setattr(retrieval_ranks_small, "PAIRS", 300 * 77)
+    monkeypatch.setattr(retrieval_float32_cpu, "PAIRS", 300 * 77)
     for compared in (1, 7 * 77, 299 * 77, 2**20):
-        monkeypatch.setattr(retrieval_ranks_small, "COMPARED", compared)
-        counts = retrieval_ranks_small.count_small(*inputs)
+        monkeypatch.setattr(retrieval_float32_cpu, "COMPARED", compared)
+        counts = retrieval_float32_cpu.count_small(*inputs)
         assert [getattr(counts, field).tolist() for field in FIELDS] == expected
 
 
 def test_one_product_serves_more_pairs_where_nothing_is_faster_than_float32(processor, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     inputs = *trained(generator, 30, 10, 64), torch.arange(30) % 10, torch.arange(10)
-    monkeypatch.setattr(retrieval_ranks_small, "PAIRS", 299)
-    taken = retrieval_ranks_small.count_small(*inputs) is not None
+    monkeypatch.setattr(retrieval_float32_cpu, "PAIRS", 299)
+    monkeypatch.setattr(retrieval_float32_cpu, "BLOCK", 300)
+    taken = retrieval_float32_cpu.count_small(*inputs) is not None
     assert taken == (processor in ("fp32", "few pairs"))
 
 
