@@ -282,15 +282,19 @@ def _arm(name: str) -> Markup:
 
 
 def _arms(names: Sequence[str]) -> Markup:
-    """At most four names in a sentence."""
+    """At most four names in a sentence, apart by semicolons where a name has a comma."""
     if len(names) == 1:
         return _arm(names[0])
+    comma, last = ",", " and "
+    if len(names) > 2 and any("," in name for name in names):
+        comma, last = ";", "; and "
     shown = names if len(names) <= 4 else names[:3]
-    listed = Markup(", ").join(map(_arm, shown[:-1]))
     if len(names) > 4:
-        more = Markup("{} arms ({}, {} and {} more)")
-        return more.format(len(names), listed, _arm(shown[-1]), len(names) - len(shown))
-    return Markup("{} and {}").format(listed, _arm(shown[-1]))
+        listed = Markup(f"{comma} ").join(map(_arm, shown))
+        more = Markup("{} arms ({}{}{} more)")
+        return more.format(len(names), listed, last, len(names) - len(shown))
+    listed = Markup(f"{comma} ").join(map(_arm, shown[:-1]))
+    return Markup("{}{}{}").format(listed, last, _arm(shown[-1]))
 
 
 def _plural(number_of: int, one: str, many: str) -> str:

@@ -234,6 +234,16 @@ def test_the_claim_follows_the_sign_of_what_was_found(make_study, tmp_path, effe
     assert not (effect < 0) or difference.startswith("−")
 
 
+def test_arms_whose_names_hold_commas_are_listed_apart(make_study, tmp_path):
+    arms = {"contrastive": {"weight": 0.0}}
+    arms |= {f"cmd-image, rate={rate}": {"rate": rate} for rate in (0.3, 0.5, 0.7)}
+    runs = make_study(tmp_path / "runs", arms=arms, effects=dict.fromkeys(arms, 0), examples=False)
+    write_report([runs], tmp_path / "report.html")
+    claim = read(tmp_path / "report.html").find(id="claim").get_text()
+    listed = "cmd-image, rate=0.3; cmd-image, rate=0.5; and cmd-image, rate=0.7;"
+    assert f"not separated from zero for {listed}" in claim
+
+
 def test_only_planned_comparisons_share_the_planned_family(make_study, tmp_path):
     arms = {"contrastive": {"weight": 0.0}, "cmd-image": {}, "cmd-both": {"direction": "both"}}
     runs = make_study(
