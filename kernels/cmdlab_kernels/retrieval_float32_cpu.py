@@ -75,9 +75,9 @@ def count_float32(
             scores[crowded] = -torch.inf
             greater, above_low = _count_above(scores, ends)
         equal = torch.zeros_like(greater)
-        in_doubt = above_low > greater
-        if bool(in_doubt.any()):
-            line, row, column = _between(scores, ends, in_doubt)
+        lines = (above_low > greater).nonzero()[:, 0]
+        if len(lines) > 0:
+            line, row, column = _between(scores, ends, lines)
             defined = pair_scores(captions, images, row, column)
             threshold = torch.cat(thresholds)[line]
             greater.index_add_(0, line, (defined > threshold).long())
@@ -122,12 +122,11 @@ def count_small(
 
     # A line is a row of scores or a column: N captions, then M images. Each positive is in two.
     row, column = positive_pairs(speech_image_id, image_id.sort())
-    line = torch.cat([row, column + n])
-    place = row * m + column
-    positive = scores.view(-1).index_select(0, place)
-    positive = torch.cat([positive, positive])
-    scores.view(-1).index_fill_(0, place, -torch.inf)
-    best = scores.new_full((n + m,), -torch.inf).scatter_reduce_(0, line, positive, "amax")
+    flat, place = scores.view(-1), row * m + column
+    positive = flat.index_select(0, place)
+    flat.index_fill_(0, place, -torch.inf)
+    lines = torch.cat([row, column + n]), torch.cat([positive, positive])
+    best = scores.new_full((n + m,), -torch.inf).scatter_reduce_(0, *lines, "amax")
     if float(best.min()) == -torch.inf:
         return None
 
@@ -140,26 +139,22 @@ def count_small(
     ends = torch.stack([best + error, best - error])
     greater, above_low = _count_above(scores, ends)
     equal = torch.zeros_like(greater)
-    in_doubt = above_low > greater
-    doubtful = int((above_low - greater).sum())
+    between = above_low - greater
+    doubtful = int(between.sum())
     if doubtful > DOUBTFUL_LIMIT * scores.numel() + 64:
         return None
     if doubtful > 0:
-        wrong_line, wrong_row, wrong_column = _between(scores, ends, in_doubt)
-        # Only a positive within its line's interval may have the line's best defined score.
-        needed = (in_doubt[line] & (positive > ends[1][line])).nonzero()[:, 0]
-        pair = needed % len(row)
-        rows, columns = torch.cat([row[pair], wrong_row]), torch.cat([column[pair], wrong_column])
-        defined = pair_scores(speech, image, rows, columns)
-        right_score, wrong = defined.split([len(needed), doubtful])
+        flat.index_copy_(0, place, positive)  # those between the ends too may be their line's best
+        line, row, column = _between(scores, ends, between.nonzero()[:, 0])
+        defined = pair_scores(speech, image, row, column)
+        wrong = speech_image_id[row] != image_id[column]
         threshold = torch.full_like(best, -torch.inf, dtype=torch.float64)
-        threshold = threshold.scatter_reduce_(0, line[needed], right_score, "amax")[wrong_line]
-        greater.index_add_(0, wrong_line, (wrong > threshold).long())
-        equal.index_add_(0, wrong_line, (wrong == threshold).long())
-    speech_greater, image_greater = (x.clone() for x in greater.split([n, m]))
-    speech_equal, image_equal = (x.clone() for x in equal.split([n, m]))
+        threshold.scatter_reduce_(0, line, defined.masked_fill(wrong, -torch.inf), "amax")
+        threshold = threshold[line]
+        greater.index_add_(0, line, (wrong & (defined > threshold)).long())
+        equal.index_add_(0, line, (wrong & (defined == threshold)).long())
     arithmetic = torch.full_like(speech_image_id, PATHS.index(PATH))
-    return Counts(speech_greater, speech_equal, image_greater, image_equal, arithmetic)
+    return Counts(greater[:n], equal[:n], greater[n:], equal[n:], arithmetic)
 
 
 def _few(pairs: int) -> bool:
@@ -188,22 +183,18 @@ def _count_above(scores: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([by_row, by_column], 1).long()
 
 
-def _between(scores: Tensor, ends: Tensor, in_doubt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Line, row and column, int64 [P], of what lies between the ends of the lines in doubt."""
-    found = []
+def _between(scores: Tensor, ends: Tensor, lines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Line, row and column, int64 [P], of what lies between the ends of some lines, ascending."""
     n = len(scores)
-    for first, lines in ((0, scores), (n, scores.T)):
-        chosen = in_doubt[first : first + len(lines)].nonzero()[:, 0]
-        high, low = ends[:, chosen + first, None]
-        some = lines[chosen]
-        line, place = ((some > low) & (some <= high)).nonzero(as_tuple=True)
-        found.append((chosen[line], place))
-    (row, column), (column_of_image, row_of_image) = found
-    return (
-        torch.cat([row, column_of_image + n]),
-        torch.cat([row, row_of_image]),
-        torch.cat([column, column_of_image]),
-    )
+    high, low = ends.index_select(1, lines).unsqueeze(2)
+    of_rows = int((lines < n).sum())
+    first, second = lines[:of_rows], lines[of_rows:] - n
+    some = scores.index_select(0, first)
+    by_row, column = ((some > low[:of_rows]) & (some <= high[:of_rows])).nonzero(as_tuple=True)
+    some = scores.T[second]
+    by_column, row = ((some > low[of_rows:]) & (some <= high[of_rows:])).nonzero(as_tuple=True)
+    line = lines[torch.cat([by_row, by_column + of_rows])]
+    return line, torch.cat([first[by_row], row]), torch.cat([column, second[by_column]])
 
 
 @contextmanager

@@ -231,9 +231,14 @@ def ranks_of_all(
     return count_at(speech, image, *ids, *thresholds, impl)
 
 
-ranks_operator = torch.library.custom_op(
-    "cmdlab_kernels::retrieval_ranks", ranks_of_all, mutates_args=()
-)
+@torch.library.custom_op("cmdlab_kernels::retrieval_ranks", mutates_args=())
+def ranks_operator(
+    speech: Tensor, image: Tensor, speech_image_id: Tensor, image_id: Tensor, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ranks_of_all`, of whose outputs no two may share memory."""
+    found = ranks_of_all(speech, image, speech_image_id, image_id, impl)
+    speech_greater, speech_equal, image_greater, image_equal, arithmetic = map(torch.clone, found)
+    return speech_greater, speech_equal, image_greater, image_equal, arithmetic
 
 
 @ranks_operator.register_fake
