@@ -92,7 +92,9 @@ def test_the_readme_tells_what_the_fair_test_found():
     assert f"+{told('cmd', 'contrastive-longer')}" in README
     assert told("no-corruption", "contrastive-longer") in README
     assert told("cmd", "no-corruption").replace("-", "−") in README
-    assert told("other-context", "contrastive-longer") in README
+    for control in ("other-context", "other-target", "no-context"):
+        assert told(control, "contrastive-longer") in README
+    assert f"a mean R@1 of {means['perfect-hearing']:.1f} %, so it is the hearing" in README
     [equal_cost, *_] = compare_pairs(study, "As planned")
     assert f"Holm-adjusted p = {equal_cost.adjusted_p:.3f} over the four planned tests" in README
     validation = {
