@@ -8,7 +8,6 @@ from markupsafe import Markup
 from cmdlab.reporting import figures, origins, tables
 from cmdlab.reporting.claim import claim, meaning
 from cmdlab.reporting.examples import Examples, map_blocks, queries_html, read_examples
-from cmdlab.reporting.numbers import duration
 from cmdlab.reporting.page import Figure, Section, Table, bullets, paragraph, write_page
 from cmdlab.reporting.pairs import pairs_section
 from cmdlab.reporting.restoring import restoring_section
@@ -245,12 +244,15 @@ def _limits(study: Study) -> Section:
 
 
 def _provenance(study: Study) -> Section:
-    seconds = sum(run.record["wall_seconds"] for run in study.runs)
+    core_seconds = sum(
+        run.record["wall_seconds"] * run.record["determinism"]["threads"] for run in study.runs
+    )
     started = sorted(run.record["provenance"]["started"] for run in study.runs)
     text = paragraph(
-        "The finished runs took {} together; the first started at {}, the last at {}. Every number "
-        "of this page comes from the records listed below, and the rows of results name theirs.",
-        duration(seconds),
+        "The finished runs took {} core-hours together, the duration of each times its threads; "
+        "the first started at {}, the last at {}. Every number of this page comes from the records "
+        "listed below, and the rows of results name theirs.",
+        f"{core_seconds / 3600:.2g}",
         started[0],
         started[-1],
     )

@@ -455,6 +455,18 @@ def test_what_the_frozen_text_encoder_tells_apart_stands_below_the_arms(page):
     assert page.find(id="alignment-table").find_all("tbody")[-1].find_all("tr")[-1]["class"]
 
 
+def test_the_core_hours_are_each_run_times_its_threads(make_study, tmp_path):
+    arms = {"contrastive": {"weight": 0.0}, "cmd-image": {}}
+    runs = make_study(tmp_path / "runs", arms=arms, examples=False)
+    for path in runs.glob("*/record.json"):
+        record = json.loads(path.read_text())
+        record["determinism"]["threads"] = 4
+        record["wall_seconds"] = 900.0
+        path.write_text(json.dumps(record))
+    write_report([runs], tmp_path / "report.html")
+    assert "took 6 core-hours together" in text_of(read(tmp_path / "report.html"), "provenance")
+
+
 def test_the_same_records_give_the_same_bytes(runs, report, tmp_path):
     write_report([runs], tmp_path / "again.html")
     assert (tmp_path / "again.html").read_bytes() == report.read_bytes()
