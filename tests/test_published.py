@@ -95,6 +95,11 @@ def test_the_readme_tells_what_the_fair_test_found():
     for control in ("other-context", "other-target", "no-context"):
         assert told(control, "contrastive-longer") in README
     assert f"a mean R@1 of {means['perfect-hearing']:.1f} %, so it is the hearing" in README
+    foils = [
+        r.record["alignment"]["foil"] for r in study.runs if r.record["arm"] == "perfect-hearing"
+    ]
+    told_apart = sum(100 * one["wins"] / one["pairs"] for one in foils) / len(foils)
+    assert f"the same heads do in {told_apart:.1f} % of the pairs" in README
     [equal_cost, *_] = compare_pairs(study, "As planned")
     assert f"Holm-adjusted p = {equal_cost.adjusted_p:.3f} over the four planned tests" in README
     validation = {

@@ -288,13 +288,12 @@ def _arms(names: Sequence[str]) -> Markup:
     comma, last = ",", " and "
     if len(names) > 2 and any("," in name for name in names):
         comma, last = ";", "; and "
-    shown = names if len(names) <= 4 else names[:3]
-    if len(names) > 4:
-        listed = Markup(f"{comma} ").join(map(_arm, shown))
-        more = Markup("{} arms ({}{}{} more)")
-        return more.format(len(names), listed, last, len(names) - len(shown))
-    listed = Markup(f"{comma} ").join(map(_arm, shown[:-1]))
-    return Markup("{}{}{}").format(listed, last, _arm(shown[-1]))
+    many = len(names) > 4
+    *listed, end = map(_arm, names[:3] if many else names)
+    if many:
+        listed, end = [*listed, end], Markup("{} more").format(len(names) - 3)
+    sentence = Markup("{}{}{}").format(Markup(f"{comma} ").join(listed), last, end)
+    return Markup("{} arms ({})").format(len(names), sentence) if many else sentence
 
 
 def _plural(number_of: int, one: str, many: str) -> str:

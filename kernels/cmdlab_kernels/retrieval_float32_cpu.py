@@ -57,21 +57,21 @@ def count_float32(
     memory = left.values.new_empty(height * width)
     for block in tiles(n, m, height, width):
         rows, columns = block.rows, block.columns
-        captions, images = speech[rows], image[columns]
+        captions, caption_ids = speech[rows], speech_image_id[rows]
+        images, image_ids = image[columns], image_id[columns]
         h, w = len(captions), len(images)
         scores = memory[: h * w].view(h, w)
         with plain_float32():
             torch.mm(left.values[rows], right.values[columns].T, out=scores)
-        ids = speech_image_id[rows], image_id[columns]
-        scores[positive_pairs(ids[0], ids[1].sort())] = -torch.inf
+        scores[positive_pairs(caption_ids, image_ids.sort())] = -torch.inf
         ends = torch.cat([speech_ends[:, rows], image_ends[:, columns]], 1)
-        thresholds = speech_threshold[rows], image_threshold[columns]
         greater, above_low = _count_above(scores, ends)
         crowded = ((above_low - greater)[:h] > CROWDED_LIMIT * w).nonzero()[:, 0]
         if len(crowded) > 0:
-            some = captions[crowded], images, ids[0][crowded], ids[1]
-            part = count_exact(*some, thresholds[0][crowded], thresholds[1])
-            counts.add_part(part, rows.start + crowded, columns)
+            place = rows.start + crowded
+            some = captions[crowded], images, caption_ids[crowded], image_ids
+            part = count_exact(*some, speech_threshold[place], image_threshold[columns])
+            counts.add_part(part, place, columns)
             scores[crowded] = -torch.inf
             greater, above_low = _count_above(scores, ends)
         equal = torch.zeros_like(greater)
@@ -79,7 +79,7 @@ def count_float32(
         if len(lines) > 0:
             line, row, column = _between(scores, ends, lines)
             defined = pair_scores(captions, images, row, column)
-            threshold = torch.cat(thresholds)[line]
+            threshold = torch.cat([speech_threshold[rows], image_threshold[columns]])[line]
             greater.index_add_(0, line, (defined > threshold).long())
             equal.index_add_(0, line, (defined == threshold).long())
         counts.speech_greater[rows] += greater[:h]
@@ -100,13 +100,9 @@ def count_small(
 ) -> Counts | None:
     """The counts by one product and few other calls, or None where this is not the way.
 
-    It is not for many pairs, nor where many of them are in doubt.
-
-    Defined scores are computed only for pairs in doubt, and for the positives that may be the best
-    of their rows and columns.
-
-    None too for float64, for rows near float32's limits, and where a positive is lacking. Arguments
-    as for `retrieval_ranks`.
+    It is not for many pairs or many in doubt, for float64, for rows near float32's limits, and
+    where a positive is lacking. Defined scores are computed only for pairs in doubt, and for the
+    positives that may be the best of their lines. Arguments as for `retrieval_ranks`.
     """
     n, m, dimensions = len(speech), len(image), speech.shape[1]
     if speech.dtype == torch.float64 or not _few(n * m):
@@ -135,7 +131,7 @@ def count_small(
     rounding = 2 * ((dimensions + 16) * 2.0**-24 + float64_bound(dimensions)) + 2.0**-22
     rounding *= 1 + (dimensions + 16) * 2.0**-20
     error = torch.cat([norms[0] * (longest[1] * rounding), norms[1] * (longest[0] * rounding)])
-    error += max(longest) * squares_underflow + dimensions * 2.0**-110  # underflow
+    error += max(longest) * squares_underflow * rounding + dimensions * 2.0**-110  # underflow
     ends = torch.stack([best + error, best - error])
     greater, above_low = _count_above(scores, ends)
     equal = torch.zeros_like(greater)
