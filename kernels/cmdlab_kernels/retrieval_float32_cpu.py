@@ -4,6 +4,9 @@ A line is a row of a block of scores or a column of it, and has an interval in w
 decide. What lies above its low end and above its high end is counted; where the two counts differ
 the line has a pair in doubt, and only such lines are searched. Few pairs are one block, off which
 the thresholds too are read.
+
+What there is one of for each line or each pair in doubt is numpy's: beside a small product each
+call counts, and numpy's cost less.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,9 +68,9 @@ def count_float32(
         with plain_float32():
             torch.mm(left.values[rows], right.values[columns].T, out=scores)
         scores[positive_pairs(caption_ids, image_ids.sort())] = -torch.inf
-        ends = torch.cat([speech_ends[:, rows], image_ends[:, columns]], 1)
+        ends = torch.cat([speech_ends[:, rows], image_ends[:, columns]], 1).numpy()
         greater, above_low = _count_above(scores, ends)
-        crowded = ((above_low - greater)[:h] > CROWDED_LIMIT * w).nonzero()[:, 0]
+        crowded = torch.from_numpy(((above_low - greater)[:h] > CROWDED_LIMIT * w).nonzero()[0])
         if len(crowded) > 0:
             place = rows.start + crowded
             some = captions[crowded], images, caption_ids[crowded], image_ids
@@ -74,18 +78,19 @@ def count_float32(
             counts.add_part(part, place, columns)
             scores[crowded] = -torch.inf
             greater, above_low = _count_above(scores, ends)
-        equal = torch.zeros_like(greater)
-        lines = (above_low > greater).nonzero()[:, 0]
+        equal = np.zeros_like(greater)
+        lines = (above_low > greater).nonzero()[0]
         if len(lines) > 0:
-            line, row, column = _between(scores, ends, lines)
-            defined = pair_scores(captions, images, row, column)
-            threshold = torch.cat([speech_threshold[rows], image_threshold[columns]])[line]
-            greater.index_add_(0, line, (defined > threshold).long())
-            equal.index_add_(0, line, (defined == threshold).long())
-        counts.speech_greater[rows] += greater[:h]
-        counts.speech_equal[rows] += equal[:h]
-        counts.image_greater[columns] += greater[h:]
-        counts.image_equal[columns] += equal[h:]
+            line, row, column = _between(scores.numpy(), ends, lines)
+            defined = pair_scores(captions, images, *map(torch.from_numpy, (row, column))).numpy()
+            threshold = torch.cat([speech_threshold[rows], image_threshold[columns]]).numpy()[line]
+            greater += np.bincount(line[defined > threshold], minlength=h + w)
+            equal += np.bincount(line[defined == threshold], minlength=h + w)
+        of_rows, of_columns = np.split(np.stack([greater, equal]), [h], 1)
+        counts.speech_greater[rows] += torch.from_numpy(of_rows[0])
+        counts.speech_equal[rows] += torch.from_numpy(of_rows[1])
+        counts.image_greater[columns] += torch.from_numpy(of_columns[0])
+        counts.image_equal[columns] += torch.from_numpy(of_columns[1])
     return counts
 
 
@@ -108,49 +113,64 @@ def count_small(
     if speech.dtype == torch.float64 or not _few(n * m):
         return None
     left, right = speech.float(), image.float()
-    norms = [torch.linalg.vector_norm(x, dim=1) for x in (left, right)]
+    norms = [torch.linalg.vector_norm(x, dim=1).numpy() for x in (left, right)]
     squares_underflow = dimensions * 2.0**-62
     longest = [float(x.max()) + squares_underflow for x in norms]
     if not all(2.0**-20 < x < 2.0**30 for x in longest):  # NaN is not
         return None
     with plain_float32():
-        scores = left @ right.T  # [N, M]
+        product = left @ right.T
+    scores = product.numpy()  # [N, M], the same memory
 
     # A line is a row of scores or a column: N captions, then M images. Each positive is in two.
-    row, column = positive_pairs(speech_image_id, image_id.sort())
-    flat, place = scores.view(-1), row * m + column
-    positive = flat.index_select(0, place)
-    flat.index_fill_(0, place, -torch.inf)
-    lines = torch.cat([row, column + n]), torch.cat([positive, positive])
-    best = scores.new_full((n + m,), -torch.inf).scatter_reduce_(0, *lines, "amax")
-    if float(best.min()) == -torch.inf:
+    caption_id, id_of_image = speech_image_id.numpy(), image_id.numpy()
+    own = _own_pairs(caption_id, id_of_image)
+    positive = scores[own]
+    scores[own] = -np.inf
+    best = np.full(n + m, -np.inf, np.float32)
+    for axis, lines in enumerate((best[:n], best[n:])):
+        np.maximum.at(lines, own[axis], positive)
+    if best.min() == -np.inf:
         return None
 
     # Twice the error of a product, the pair's own and its threshold's, and the ends' rounding; the
     # norms are float32 sums of squares themselves. A processor rounds to nearest.
     rounding = 2 * ((dimensions + 16) * 2.0**-24 + float64_bound(dimensions)) + 2.0**-22
     rounding *= 1 + (dimensions + 16) * 2.0**-20
-    error = torch.cat([norms[0] * (longest[1] * rounding), norms[1] * (longest[0] * rounding)])
-    error += max(longest) * squares_underflow * rounding + dimensions * 2.0**-110  # underflow
-    ends = torch.stack([best + error, best - error])
-    greater, above_low = _count_above(scores, ends)
-    equal = torch.zeros_like(greater)
+    underflow = max(longest) * squares_underflow * rounding + dimensions * 2.0**-110
+    error = np.concatenate([norms[0] * (longest[1] * rounding), norms[1] * (longest[0] * rounding)])
+    error += np.float32(underflow)
+    ends = np.stack([best + error, best - error])
+    greater, above_low = _count_above(product, ends)
+    equal = np.zeros_like(greater)
     between = above_low - greater
     doubtful = int(between.sum())
-    if doubtful > DOUBTFUL_LIMIT * scores.numel() + 64:
+    if doubtful > DOUBTFUL_LIMIT * scores.size + 64:
         return None
     if doubtful > 0:
-        flat.index_copy_(0, place, positive)  # those between the ends too may be their line's best
-        line, row, column = _between(scores, ends, between.nonzero()[:, 0])
-        defined = pair_scores(speech, image, row, column)
-        wrong = speech_image_id[row] != image_id[column]
-        threshold = torch.full_like(best, -torch.inf, dtype=torch.float64)
-        threshold.scatter_reduce_(0, line, defined.masked_fill(wrong, -torch.inf), "amax")
+        scores[own] = positive  # those between the ends too may be their line's best
+        line, row, column = _between(scores, ends, between.nonzero()[0])
+        defined = pair_scores(speech, image, *map(torch.from_numpy, (row, column))).numpy()
+        wrong = caption_id[row] != id_of_image[column]
+        threshold = np.full(n + m, -np.inf)
+        np.maximum.at(threshold, line[~wrong], defined[~wrong])
         threshold = threshold[line]
-        greater.index_add_(0, line, (wrong & (defined > threshold)).long())
-        equal.index_add_(0, line, (wrong & (defined == threshold)).long())
-    arithmetic = torch.full_like(speech_image_id, PATHS.index(PATH))
-    return Counts(greater[:n], equal[:n], greater[n:], equal[n:], arithmetic)
+        greater += np.bincount(line[wrong & (defined > threshold)], minlength=n + m)
+        equal += np.bincount(line[wrong & (defined == threshold)], minlength=n + m)
+    arithmetic = np.full(n, PATHS.index(PATH))
+    found = greater[:n], equal[:n], greater[n:], equal[n:], arithmetic
+    return Counts(*map(torch.from_numpy, found))
+
+
+def _own_pairs(speech_image_id: np.ndarray, image_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`positive_pairs`, in cheaper calls where no two images have one id."""
+    order = image_id.argsort()
+    ids = image_id[order]
+    column = order.take(ids.searchsorted(speech_image_id), mode="clip")
+    if (image_id[column] == speech_image_id).all() and (ids[1:] != ids[:-1]).all():
+        return np.arange(len(column)), column
+    several = positive_pairs(torch.from_numpy(speech_image_id), torch.from_numpy(image_id).sort())
+    return several[0].numpy(), several[1].numpy()
 
 
 def _few(pairs: int) -> bool:
@@ -160,7 +180,7 @@ def _few(pairs: int) -> bool:
     return only_float32 and pairs <= BLOCK
 
 
-def _count_above(scores: Tensor, ends: Tensor) -> Tensor:
+def _count_above(scores: Tensor, ends: np.ndarray) -> np.ndarray:
     """How many scores of each line are above its ends, which are high and low: int64 [2, N + M].
 
     A few rows of scores [N, M] at a time are compared with the ends of both directions. The
@@ -168,29 +188,36 @@ def _count_above(scores: Tensor, ends: Tensor) -> Tensor:
     inputs' dtype, and the sums are exact.
     """
     n, m = scores.shape
-    height = max(1, COMPARED // m)
-    memory = scores.new_empty(2, min(n, height), m)
-    by_row, by_column = scores.new_empty(2, n), scores.new_zeros(2, m)
+    height = min(n, max(1, COMPARED // m))
+    of_rows, of_columns = map(torch.from_numpy, (ends[:, :n, None], ends[:, None, n:]))
+    memory = scores.new_empty(2, height, m)
+    above = np.zeros((2, n + m), np.int64)
     for start in range(0, n, height):
         rows = slice(start, min(start + height, n))
-        tile, verdicts = scores[rows], memory[:, : min(height, n - start)]
-        torch.sum(torch.gt(tile, ends[:, rows, None], out=verdicts), 2, out=by_row[:, rows])
-        by_column += torch.gt(tile, ends[:, None, n:], out=verdicts).sum(1)
-    return torch.cat([by_row, by_column], 1).long()
+        tile, verdicts = scores[rows], memory[:, : rows.stop - start]
+        above[:, rows] = torch.gt(tile, of_rows[:, rows], out=verdicts).sum(2).numpy()
+        above[:, n:] += torch.gt(tile, of_columns, out=verdicts).sum(1).numpy().astype(np.int64)
+    return above
 
 
-def _between(scores: Tensor, ends: Tensor, lines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _between(
+    scores: np.ndarray, ends: np.ndarray, lines: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Line, row and column, int64 [P], of what lies between the ends of some lines, ascending."""
     n = len(scores)
-    high, low = ends.index_select(1, lines).unsqueeze(2)
-    of_rows = int((lines < n).sum())
+    of_rows = int(lines.searchsorted(n))
     first, second = lines[:of_rows], lines[of_rows:] - n
-    some = scores.index_select(0, first)
-    by_row, column = ((some > low[:of_rows]) & (some <= high[:of_rows])).nonzero(as_tuple=True)
-    some = scores.T[second]
-    by_column, row = ((some > low[of_rows:]) & (some <= high[of_rows:])).nonzero(as_tuple=True)
-    line = lines[torch.cat([by_row, by_column + of_rows])]
-    return line, torch.cat([first[by_row], row]), torch.cat([column, second[by_column]])
+    high, low = ends[:, lines, None]
+
+    def inside(some: np.ndarray, lines: slice) -> tuple[np.ndarray, np.ndarray]:
+        found = some > low[lines]
+        found &= some <= high[lines]
+        return np.divmod(found.ravel().nonzero()[0], some.shape[1])
+
+    by_row, column = inside(scores[first], slice(of_rows))
+    by_column, row = inside(scores.T[second], slice(of_rows, None))
+    line = lines[np.concatenate([by_row, by_column + of_rows])]
+    return line, np.concatenate([first[by_row], row]), np.concatenate([column, second[by_column]])
 
 
 @contextmanager

@@ -34,10 +34,11 @@ def positive_pairs(
     """
     ids, order = sorted_image_id
     first = torch.searchsorted(ids, speech_image_id)
-    copies = torch.searchsorted(ids, speech_image_id, right=True) - first
-    row = torch.arange(len(copies), device=ids.device)
-    if bool((copies == 1).all()):
-        return row, order[first]
+    end = torch.searchsorted(ids, speech_image_id, right=True)
+    row = torch.arange(len(first), device=ids.device)
+    if torch.equal(end, first + 1):
+        return row, order.index_select(0, first)
+    copies = end - first
     row = row.repeat_interleave(copies)
     begin = first - (copies.cumsum(0) - copies)  # of a caption's pairs in ids, less that in row
     return row, order[begin[row] + torch.arange(len(row), device=ids.device)]
@@ -45,17 +46,17 @@ def positive_pairs(
 
 def pair_scores(speech: Tensor, image: Tensor, speech_index: Tensor, image_index: Tensor) -> Tensor:
     """The defined score float64 [P] of the pairs (speech_index [P], image_index [P])."""
-    scores = torch.zeros(len(speech_index), dtype=torch.float64, device=speech.device)
     at_once = PAIRS_AT_ONCE if speech.is_cuda else PAIRS_IN_CACHE
-    for start in range(0, len(scores), at_once):
-        pairs = slice(start, start + at_once)
-        products = speech.index_select(0, speech_index[pairs]).double()
-        products *= image.index_select(0, image_index[pairs]).double()
-        if products.device.type == "cpu":  # where cumsum adds in order; elsewhere it is a scan
-            scores[pairs] = products.cumsum(1)[:, -1]
-        else:
-            for product in products.T.contiguous():  # one dimension of all pairs
-                scores[pairs] += product
+    if len(speech_index) > at_once:
+        parts = zip(speech_index.split(at_once), image_index.split(at_once), strict=True)
+        return torch.cat([pair_scores(speech, image, *part) for part in parts])
+    products = speech.index_select(0, speech_index).double()
+    products *= image.index_select(0, image_index).double()
+    if speech.is_cpu:  # where cumsum adds in order; elsewhere it is a scan
+        return products.cumsum(1)[:, -1].clone()  # a view would keep all the other sums
+    scores = torch.zeros_like(products[:, 0])
+    for product in products.T.contiguous():  # one dimension of all pairs
+        scores += product
     return scores
 
 
