@@ -51,12 +51,13 @@ def align(model: RetrievalModel, features: Features, captions: Sequence[int]) ->
         batch = captions[first : first + BATCH]
         states, lengths = features.speech.tokens(batch)
         images = features.image_index[torch.as_tensor(batch)]
+        images, image_of = images.unique(return_inverse=True)  # several captions may share one
         patches = features.image.patches(images.tolist())
         patches = project(head(patches, features.image.embeddings[images])[0])
         patches = patches - patches.mean(1, keepdim=True)
         frames = model.speech_head.projection(model.speech_head(states, lengths)[0])
         for i, length in enumerate(lengths.tolist()):
-            yield Aligned(frames[i, :length], patches[i], rate)
+            yield Aligned(frames[i, :length], patches[image_of[i]], rate)
 
 
 def pointing_game(
