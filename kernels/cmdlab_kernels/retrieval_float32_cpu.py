@@ -86,11 +86,11 @@ def count_float32(
             threshold = torch.cat([speech_threshold[rows], image_threshold[columns]]).numpy()[line]
             greater += np.bincount(line[defined > threshold], minlength=h + w)
             equal += np.bincount(line[defined == threshold], minlength=h + w)
-        of_rows, of_columns = np.split(np.stack([greater, equal]), [h], 1)
-        counts.speech_greater[rows] += torch.from_numpy(of_rows[0])
-        counts.speech_equal[rows] += torch.from_numpy(of_rows[1])
-        counts.image_greater[columns] += torch.from_numpy(of_columns[0])
-        counts.image_equal[columns] += torch.from_numpy(of_columns[1])
+        above, same = map(torch.from_numpy, (greater, equal))
+        counts.speech_greater[rows] += above[:h]
+        counts.speech_equal[rows] += same[:h]
+        counts.image_greater[columns] += above[h:]
+        counts.image_equal[columns] += same[h:]
     return counts
 
 
@@ -128,8 +128,8 @@ def count_small(
     positive = scores[own]
     scores[own] = -np.inf
     best = np.full(n + m, -np.inf, np.float32)
-    for axis, lines in enumerate((best[:n], best[n:])):
-        np.maximum.at(lines, own[axis], positive)
+    np.maximum.at(best[:n], own[0], positive)
+    np.maximum.at(best[n:], own[1], positive)
     if best.min() == -np.inf:
         return None
 
@@ -169,8 +169,9 @@ def _own_pairs(speech_image_id: np.ndarray, image_id: np.ndarray) -> tuple[np.nd
     column = order.take(ids.searchsorted(speech_image_id), mode="clip")
     if (image_id[column] == speech_image_id).all() and (ids[1:] != ids[:-1]).all():
         return np.arange(len(column)), column
-    several = positive_pairs(torch.from_numpy(speech_image_id), torch.from_numpy(image_id).sort())
-    return several[0].numpy(), several[1].numpy()
+    captions, images = map(torch.from_numpy, (speech_image_id, image_id))
+    row, several = positive_pairs(captions, images.sort())
+    return row.numpy(), several.numpy()
 
 
 def _few(pairs: int) -> bool:
