@@ -29,7 +29,7 @@ def benchmark(device: str, quick: bool, ceilings: dict[str, float]) -> list[dict
     rows = []
     for mode in (BOTH, NARROW):
         for captions, images in sizes:
-            rows += _size(device, mode, captions, images, 3 if quick else 7, ceilings)
+            rows += _size(device, mode, captions, images, 3 if quick else 31, ceilings)
     return rows
 
 

@@ -100,16 +100,17 @@ def retrieval_ranks(
         ValueError: for a shape, dtype, device or `impl` that is not supported, scores that are not
             finite in float64, an image without a caption, or a caption without an image.
     """
+    kind = speech.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return retrieval_ranks(speech, image, speech_image_id, image_id, impl=impl, group=group)
     speech, image = speech.detach(), image.detach()
-    with torch.autocast(speech.device.type, enabled=False):
-        if group is not None:
-            return _sharded_ranks(speech, image, speech_image_id, image_id, impl, group)
-        _check(speech, image, speech_image_id, image_id, impl, empty_shard=False)
-        # The operator costs as much as the ranks of a small gallery.
-        ranks = ranks_operator if torch.compiler.is_compiling() else ranks_of_all
-        return RetrievalRanks(
-            *ranks(speech, image, speech_image_id, image_id, _chosen(impl, speech))
-        )
+    if group is not None:
+        return _sharded_ranks(speech, image, speech_image_id, image_id, impl, group)
+    _check(speech, image, speech_image_id, image_id, impl, empty_shard=False)
+    # The operator costs as much as the ranks of a small gallery.
+    ranks = ranks_operator if torch.compiler.is_compiling() else ranks_of_all
+    return RetrievalRanks(*ranks(speech, image, speech_image_id, image_id, _chosen(impl, speech)))
 
 
 def _sharded_ranks(
