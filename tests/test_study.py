@@ -49,7 +49,7 @@ def test_a_failure_is_one_line_and_no_success(
 
 
 def test_a_study_made_without_a_break_leaves_its_times(tmp_path, monkeypatch, capsys):
-    def sweep(file, *, runs, smoke, overrides):
+    def sweep(file, *, runs, **_):
         return SweepSummary("study", runs / "sweeps" / "study.json", done, resumed, 0)
 
     monkeypatch.setattr(study, "make_corpus", lambda folder, **_: folder.mkdir(parents=True))
