@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmdlab_kernels import retrieval_tiles_cpu
 from cmdlab_kernels.retrieval_bounds import Rounded, doubtful_interval, float_ends, round_rows
 from cmdlab_kernels.retrieval_scores import (
     PATHS,
@@ -31,8 +30,8 @@ from cmdlab_kernels.retrieval_scores import (
 )
 
 PATH = "cpu-fp32"
-PAIRS = 2**20  # up to which one product serves even where others are faster
 BLOCK = 2**23  # scores of one product, 32 MiB
+PAIRS = BLOCK  # up to which one product serves, even where others are faster
 WIDTH = 2**13  # columns of it at most, so that it has rows enough to be a fast one
 COMPARED = 2**19  # scores at once: they and twice as many verdicts stay near the processor
 DOUBTFUL_LIMIT = 0.01  # of few pairs
@@ -110,7 +109,7 @@ def count_small(
     positives that may be the best of their lines. Arguments as for `retrieval_ranks`.
     """
     n, m, dimensions = len(speech), len(image), speech.shape[1]
-    if speech.dtype == torch.float64 or not _few(n * m):
+    if speech.dtype == torch.float64 or n * m > PAIRS:
         return None
     left, right = speech.float(), image.float()
     norms = [torch.linalg.vector_norm(x, dim=1).numpy() for x in (left, right)]
@@ -172,13 +171,6 @@ def _own_pairs(speech_image_id: np.ndarray, image_id: np.ndarray) -> tuple[np.nd
     captions, images = map(torch.from_numpy, (speech_image_id, image_id))
     row, several = positive_pairs(captions, images.sort())
     return row.numpy(), several.numpy()
-
-
-def _few(pairs: int) -> bool:
-    if pairs <= PAIRS:
-        return True
-    only_float32 = retrieval_tiles_cpu.fast_dtypes() == (torch.float32,)
-    return only_float32 and pairs <= BLOCK
 
 
 def _count_above(scores: Tensor, ends: np.ndarray) -> np.ndarray:

@@ -160,7 +160,7 @@ def test_a_precision_that_never_gives_up_does_not_either(name, attack, seed, ima
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval_ranks_cpu, "precisions", lambda dimensions: tried)
         patch.setattr(retrieval_float32_cpu, "CROWDED_LIMIT", 1.0)
-        patch.setattr(retrieval_float32_cpu, "_few", lambda pairs: False)
+        patch.setattr(retrieval_float32_cpu, "PAIRS", 0)
         patch.setattr(retrieval_float32_cpu, "BLOCK", 150)
         result = retrieval_ranks(*inputs, impl="cpu")
     assert_equal_to_brute_force(result, *inputs)
@@ -293,7 +293,7 @@ def test_tiles_of_any_size_and_padding_give_the_same_counts(monkeypatch, name):
     inputs = speech, image, torch.arange(300) % 77, torch.arange(77)
     expected = brute_force(*inputs)
     without_limit = replace(PRECISIONS[name], doubtful_limit=1.0, crowded_limit=1.0)
-    monkeypatch.setattr(retrieval_float32_cpu, "_few", lambda pairs: False)
+    monkeypatch.setattr(retrieval_float32_cpu, "PAIRS", 0)
     monkeypatch.setattr(retrieval_ranks_cpu, "precisions", lambda dimensions: [without_limit])
     for height, width in ((1, 8), (48, 16), (479, 40)):
         monkeypatch.setattr(retrieval_tiles_cpu, "HEIGHT", height)
@@ -333,13 +333,14 @@ def test_few_pairs_compared_in_tiles_of_any_size_give_the_same_counts(monkeypatc
         assert [getattr(counts, field).tolist() for field in FIELDS] == expected
 
 
-def test_one_product_serves_more_pairs_where_nothing_is_faster_than_float32(processor, monkeypatch):
+@pytest.mark.parametrize(("pairs", "path"), [(300, "cpu-fp32"), (299, "cpu-int8")])
+def test_one_product_serves_few_pairs_though_others_are_faster(monkeypatch, pairs, path):
     generator = torch.Generator().manual_seed(0)
     inputs = *trained(generator, 30, 10, 64), torch.arange(30) % 10, torch.arange(10)
-    monkeypatch.setattr(retrieval_float32_cpu, "PAIRS", 299)
-    monkeypatch.setattr(retrieval_float32_cpu, "BLOCK", 300)
-    taken = retrieval_float32_cpu.count_small(*inputs) is not None
-    assert taken == (processor in ("fp32", "few pairs"))
+    without_limit = replace(PRECISIONS["cpu-int8"], doubtful_limit=1.0, crowded_limit=1.0)
+    monkeypatch.setattr(retrieval_ranks_cpu, "precisions", lambda dimensions: [without_limit])
+    monkeypatch.setattr(retrieval_float32_cpu, "PAIRS", pairs)
+    assert retrieval_ranks(*inputs, impl="cpu").path == path
 
 
 def test_reduced_precision_products_asked_for_by_the_user_do_not_reach_float32():
