@@ -249,9 +249,9 @@ def _provenance(study: Study) -> Section:
     )
     started = sorted(run.record["provenance"]["started"] for run in study.runs)
     text = paragraph(
-        "The finished runs took {} core-hours together, the duration of each times its threads; "
-        "the first started at {}, the last at {}. Every number of this page comes from the records "
-        "listed below, and the rows of results name theirs.",
+        "The finished runs took at most {} core-hours together, the duration of each times its "
+        "threads; the first started at {}, the last at {}. Every number of this page comes from "
+        "the records listed below, and the rows of results name theirs.",
         f"{core_seconds / 3600:.2g}",
         started[0],
         started[-1],
