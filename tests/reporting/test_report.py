@@ -464,7 +464,9 @@ def test_the_core_hours_are_each_run_times_its_threads(make_study, tmp_path):
         record["wall_seconds"] = 900.0
         path.write_text(json.dumps(record))
     write_report([runs], tmp_path / "report.html")
-    assert "took at most 6 core-hours together" in text_of(read(tmp_path / "report.html"), "provenance")
+    assert "took at most 6 core-hours together" in text_of(
+        read(tmp_path / "report.html"), "provenance"
+    )
 
 
 def test_the_same_records_give_the_same_bytes(runs, report, tmp_path):
