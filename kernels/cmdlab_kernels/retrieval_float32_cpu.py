@@ -218,7 +218,7 @@ def plain_float32() -> Iterator[None]:
     """Float32 products in float32, whatever torch.set_float32_matmul_precision says."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    if before in ("none", "ieee"):
+    if before in ("none", "ieee"):  # as torch has it, unless told otherwise
         yield
         return
     matmul.fp32_precision = "ieee"
