@@ -8,6 +8,7 @@ adding such words adds as many counts at once.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -60,9 +61,19 @@ def fast_dtypes() -> tuple[torch.dtype, ...]:
     found = [torch.float32]
     if mkldnn and (amx or torch.cpu._is_avx512_bf16_supported()):
         found.append(torch.bfloat16)
-    if mkldnn and (amx or torch.cpu._is_vnni_supported()):
+    if mkldnn and (amx or torch.cpu._is_vnni_supported()) and int8_is_exact():
         found.append(torch.int8)
     return tuple(found)
+
+
+@functools.cache
+def int8_is_exact() -> bool:
+    """Whether torch's int8 products are.
+
+    They saturate where oneDNN, by ONEDNN_MAX_CPU_ISA, leaves alone the VNNI that torch knows of.
+    """
+    rows = torch.full((64, 64), 127, dtype=torch.int8, device="cpu")
+    return bool((torch._int_mm(rows, rows.T) == 64 * 127**2).all())
 
 
 class Tiles:

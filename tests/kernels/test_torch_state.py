@@ -1,5 +1,8 @@
-"""Default dtypes, default devices and autocast change no operation's result."""
+"""Default dtypes, default devices, autocast and oneDNN's cap change no operation's result."""
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -112,6 +115,22 @@ def test_denoising_attention(impl, loss, state):
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_retrieval_ranks(processor, impl, state):
     check_ranks(impl, state, torch.device("cpu"))
+
+
+def test_int8_products_that_saturate_are_not_counted():
+    code = """
+import torch
+from cmdlab_kernels import retrieval_float32_cpu, retrieval_ranks
+retrieval_float32_cpu.PAIRS = 0  # few pairs are not multiplied in int8
+torch.manual_seed(0)
+speech, image = (torch.randint(-2, 3, (n, 12)).float() for n in (700, 2100))
+inputs = speech, image, torch.arange(700) % 3, torch.arange(2100) % 3
+found, expected = (retrieval_ranks(*inputs, impl=impl) for impl in ("cpu", "reference"))
+assert torch.equal(found.speech_greater, expected.speech_greater), found.shares
+assert torch.equal(found.image_greater, expected.image_greater), found.shares
+"""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}  # a processor with VNNI keeps it
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_in_the_interpreter(run_interpreted):
